@@ -1,0 +1,99 @@
+"""Where randomness enters: a ``torch.Generator``, or one stream of noise for each sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class PerSample:
+    """One independent stream of random numbers a sample: sample i depends on its own seed alone.
+
+    A ``torch.Generator`` draws a whole batch at once, so that what sample i gets depends on the
+    batch it sits in. With this class it does not: the same seed gives the same sample alone, in a
+    batch of 7 and in a batch of 64. A stream remembers its place, so passing one object to the
+    prior and then to a sampler never uses a number twice.
+
+    Args:
+        seeds: One integer in [0, 2^63) for each sample of the batch.
+        device: Where the numbers are drawn; CPU and GPU streams differ.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.seeds = [int(seed) for seed in seeds]
+        if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
+            raise ValueError(
+                f"PerSample needs at least one seed, each in [0, 2^63); got {self.seeds[:8]}."
+            )
+        self.device = torch.device(device)
+        self.streams = [torch.Generator(device).manual_seed(_mixed(seed)) for seed in self.seeds]
+
+    def randn(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Standard normal numbers [B, ...]; row i comes from stream i."""
+        return self._stack(torch.randn, shape, dtype, device)
+
+    def rand(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uniform numbers in [0, 1), [B, ...]; row i comes from stream i."""
+        return self._stack(torch.rand, shape, dtype, device)
+
+    def _stack(self, draw, shape, dtype, device) -> Tensor:  # noqa: ANN001
+        if shape[0] != len(self.streams):
+            raise ValueError(
+                f"one seed a sample: got {len(self.streams)} seeds for a batch of {shape[0]}."
+            )
+        rows = [
+            draw(tuple(shape[1:]), generator=stream, dtype=dtype, device=stream.device)
+            for stream in self.streams
+        ]
+        return torch.stack(rows).to(device)
+
+
+def _mixed(seed: int) -> int:
+    """32 bits that depend on all 63 of ``seed``: torch's CPU generator drops the upper half
+    without a word.
+    """
+    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+
+
+Generator = torch.Generator | PerSample | None
+
+
+def _draw(kind: str, shape, generator, device, dtype) -> Tensor:  # noqa: ANN001
+    dtype = dtype or torch.get_default_dtype()
+    device = torch.device(device or getattr(generator, "device", None) or "cpu")
+    if isinstance(generator, PerSample):
+        return getattr(generator, kind)(shape, dtype, device)
+    source = generator.device if generator is not None else device
+    return getattr(torch, kind)(tuple(shape), generator=generator, dtype=dtype, device=source).to(
+        device
+    )
+
+
+def randn(
+    shape: Sequence[int],
+    generator: Generator = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Standard normal numbers of ``shape`` [B, ...] from ``generator``, moved to ``device``."""
+    return _draw("randn", shape, generator, device, dtype)
+
+
+def rand(
+    shape: Sequence[int],
+    generator: Generator = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Uniform numbers in [0, 1) of ``shape`` [B, ...] from ``generator``, moved to ``device``."""
+    return _draw("rand", shape, generator, device, dtype)
+
+
+def randn_like(x: Tensor, generator: Generator = None) -> Tensor:
+    """Standard normal numbers in the shape, dtype and device of ``x`` [B, ...]."""
+    return randn(x.shape, generator, device=x.device, dtype=x.dtype)

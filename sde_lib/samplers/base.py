@@ -1,0 +1,119 @@
+"""What all samplers share: the plan of moves, laid out up front, and the loop, written once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sde_lib import validation
+from sde_lib.grids import Grid, Karras
+from sde_lib.noise import Generator, randn_like
+from sde_lib.reverse import Score
+from sde_lib.sde import SDE, Level
+
+Noise = Callable[[], Tensor]
+Move = tuple[Callable[[Score, Tensor, Level, Level, Noise], Tensor], Level, Level]
+
+
+class SamplingError(RuntimeError):
+    """A trajectory that cannot be finished; the message says where it stopped and why."""
+
+
+class Sampler(ABC):
+    """Turns prior samples at t_max into data: ``x0 = sampler(score, sde, x_T, generator=g)``."""
+
+    @abstractmethod
+    def trajectory(
+        self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
+    ) -> Iterator[tuple[float, Tensor]]:
+        """The states on the way, as (time, x), the first at t_max and the last the result."""
+
+    @torch.no_grad()
+    def __call__(
+        self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
+    ) -> Tensor:
+        """Run the whole trajectory and return its end.
+
+        Args:
+            score: Score function (x [B, ...], t []) -> [B, ...].
+            sde: The forward process.
+            x: Prior samples at t_max, [B, ...], from ``sde.prior_sample``.
+            generator: Source of all randomness; a ``PerSample`` makes each sample independent
+                of its batch.
+
+        Returns:
+            Samples [B, ...] in the dtype of ``x``, denoised at t_min.
+
+        Raises:
+            SamplingError: If the result is not finite, or a solver gives up.
+        """
+        end = x
+        for _, end in self.trajectory(score, sde, x, generator=generator):  # noqa: B007
+            pass  # one state at a time: a thousand of them would not fit
+        if not bool(torch.isfinite(end).all()):  # the one wait for the device, after the loop
+            raise SamplingError(
+                f"{self}: {int((~torch.isfinite(end)).sum())} of {end.numel()} values "
+                "are not finite at the end; "
+                "does the score function return NaN?"
+            )
+        return end
+
+
+@torch.no_grad()
+def denoise(score: Score, x: Tensor, level: Level) -> Tensor:
+    """E[x_0 | x] at ``level``: takes off the last noise, one evaluation."""
+    return level.denoised(x, score(x, level.t))
+
+
+@dataclass(frozen=True)
+class FixedStepSampler(Sampler):
+    """A sampler that visits a grid of times laid out before the first evaluation.
+
+    A subclass writes one :meth:`step`. All scalars are computed up front, in float64 and then
+    moved to the device, so that nothing in the loop waits for it.
+
+    Args:
+        steps: Number of steps, >= 1.
+        grid: Where they are.
+        denoise: Whether the end is E[x_0 | x] at t_min, one more evaluation, or x at t_min.
+    """
+
+    steps: int = 100
+    grid: Grid = Karras()
+    denoise: bool = True
+
+    def __post_init__(self) -> None:
+        steps = validation.count(type(self).__name__, "steps", self.steps)
+        object.__setattr__(self, "steps", steps)
+
+    @abstractmethod
+    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+        """Move ``x`` [B, ...] from the level ``now`` to the less noisy ``nxt``; scalars are [].
+
+        ``noise()`` draws fresh standard normal noise in the shape of ``x``.
+        """
+
+    def plan(self, sde: SDE) -> list[Move]:
+        """All moves of the trajectory with the levels that each joins, on the CPU in float64."""
+        levels = sde.level(self.grid(sde, self.steps)).rows()
+        return [(self.step, now, nxt) for now, nxt in pairwise(levels)]
+
+    def trajectory(
+        self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
+    ) -> Iterator[tuple[float, Tensor]]:
+        """The states on the way, as (time, x), the first at t_max and the last the result."""
+        moves = self.plan(sde)
+        times = [float(nxt.t) for _, _, nxt in moves]
+        moves = [(move, now.like(x), nxt.like(x)) for move, now, nxt in moves]
+        yield sde.t_max, x
+        for (move, now, nxt), t in zip(moves, times, strict=True):
+            x = move(score, x, now, nxt, partial(randn_like, x, generator))
+            yield t, x
+        if self.denoise:
+            yield times[-1], denoise(score, x, moves[-1][2])

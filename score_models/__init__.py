@@ -1,0 +1,33 @@
+"""What turns a network into a score, and the loss that trains it."""
+
+from score_models.model import ScoreModel
+from score_models.objective import (
+    EDMWeight,
+    Objective,
+    maximum_likelihood,
+    noise_regression,
+    score_matching_loss,
+    velocity,
+)
+from score_models.parameterization import EDM, Data, Noise, Parameterization, Score, Velocity
+from score_models.times import ImportanceTimes, LogNormalSigma, TimeSampler, UniformTimes
+
+__all__ = [
+    "EDM",
+    "Data",
+    "EDMWeight",
+    "ImportanceTimes",
+    "LogNormalSigma",
+    "Noise",
+    "Objective",
+    "Parameterization",
+    "Score",
+    "ScoreModel",
+    "TimeSampler",
+    "UniformTimes",
+    "Velocity",
+    "maximum_likelihood",
+    "noise_regression",
+    "score_matching_loss",
+    "velocity",
+]

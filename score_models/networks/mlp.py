@@ -1,0 +1,79 @@
+"""A residual MLP for vectors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from score_models.networks.embedding import NoiseEmbedding
+from sde_lib import validation
+
+
+class MLP(nn.Module):
+    """Residual MLP on vectors; the noise level scales and shifts each block.
+
+    Args:
+        shape: Shape of one sample, (d,).
+        width: Width of the hidden layers.
+        blocks: Number of residual blocks.
+        features: Random Fourier features of the input, for densities with fine detail; 0 for none.
+        bandwidth: Their standard frequency, in radians per unit of the scaled input.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        width: int = 128,
+        blocks: int = 4,
+        features: int = 0,
+        bandwidth: float = 3.0,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 1:
+            raise ValueError(
+                f"MLP needs vectors, samples of shape (d,); got {tuple(shape)}. For "
+                "images use network=unet."
+            )
+        width = validation.count("MLP", "width", width)
+        blocks = validation.count("MLP", "blocks", blocks)
+        features = validation.count("MLP", "features", features, at_least=0)
+        size = shape[0]
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer(
+            "directions", bandwidth * torch.randn(size, features, generator=generator)
+        )
+        self.embedding = NoiseEmbedding(width)
+        self.enter = nn.Linear(size + 2 * features, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, size))
+        nn.init.zeros_(self.leave[-1].weight)
+        nn.init.zeros_(self.leave[-1].bias)
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Output [B, d] at scaled input ``x`` [B, d] and ``noise_level`` = log(sigma / alpha)
+        [B].
+        """
+        level = self.embedding(noise_level)
+        angles = x @ self.directions.to(x)
+        h = self.enter(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+        for block in self.blocks:
+            h = block(h, level)
+        return self.leave(h)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width)
+        )
+        with torch.no_grad():
+            self.mlp[-1].weight.mul_(1 / math.sqrt(2))
+
+    def forward(self, h: Tensor, level: Tensor) -> Tensor:
+        scale, shift = self.modulation(level).chunk(2, dim=1)
+        return h + self.mlp(self.norm(h) * (1 + scale) + shift)

@@ -1,0 +1,1 @@
+"""Everything with state: data, optimisation, disk, trackers, figures; one file a mode."""

@@ -1,0 +1,219 @@
+"""Checkpoints: written in one step, checked by digest, loaded without running anything they
+contain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from experiment.errors import RunError
+
+FORMAT, VERSION = "score-sde checkpoint", 1
+NAME = re.compile(r"step-(\d{8})\.pt")
+PARTIAL = re.compile(r"step-\d{8}\.pt(\.sha256)?\.partial")
+
+
+class CheckpointError(RunError):
+    """A checkpoint that cannot be used: which file, why, and what to do."""
+
+    def __init__(self, path: Path, reason: str, remedy: str) -> None:
+        super().__init__(f"checkpoint {path}: {reason}; {remedy}")
+
+
+def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+    """Write ``step-<iteration>.pt`` and its digest beside it, then drop all but the newest
+    ``keep``.
+
+    Each file is written under another name, flushed to disk and renamed, the digest first: a crash
+    at any moment leaves the previous checkpoint whole. ``sha256sum -c`` checks the digest too.
+
+    Args:
+        folder: Made if it is not there.
+        iteration: Iterations done.
+        state: Tensors, numbers, strings, and dicts or lists of them.
+        keep: How many to keep, >= 1.
+
+    Raises:
+        OSError: If the disk refuses; no partial file stays behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{iteration:08d}.pt"
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, "iteration": iteration, **state}, buffer)
+    content = buffer.getbuffer()
+    write_atomically(
+        _digest_path(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
+    )
+    write_atomically(path, content)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+        _digest_path(old).unlink(missing_ok=True)
+    return path
+
+
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Replace ``path`` by ``content`` so that a reader, or a crash, sees the old file or the new
+    one.
+
+    Raises:
+        OSError: If the disk refuses; the old file is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Delete what a killed writer left behind; call it only while holding the run's lock."""
+    for path in folder.glob("*.partial"):
+        if PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in ``folder`` by iteration, the newest last; found by scanning, there is no
+    index.
+    """
+    return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of ours.
+
+    Only tensors and plain data are accepted (``weights_only``): a file that would run code is
+    refused.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, not one of ours or from a newer version.
+    """
+    content = _read(path)
+    remedy = "use an older checkpoint of the run (checkpoint=PATH), or train again"
+    digest = _digest_path(path)
+    if digest.is_file():
+        if digest.read_text().split()[:1] != [hashlib.sha256(content).hexdigest()]:
+            raise CheckpointError(
+                path, "its SHA-256 differs from the one beside it, so the file is damaged", remedy
+            )
+    else:
+        _check_archive(path, content, remedy)
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (
+        Exception
+    ) as error:  # four different types for damage, one more for a file that would run code
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(
+            path, f"it cannot be read ({type(error).__name__}: {reason})", remedy
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointError(
+            path, "it is a torch file but none of ours", "pass a file written by mode=train"
+        )
+    if state.get("version") != VERSION:
+        raise CheckpointError(
+            path,
+            f"it has format version {state.get('version')}, this program reads {VERSION}",
+            "use the version of score-sde that wrote it",
+        )
+    return state
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with a warning for each damaged one passed over; None
+    if there is none.
+    """
+    import logging
+
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as error:
+            logging.getLogger(__name__).warning("%s; trying the one before it", error)
+    return None
+
+
+def stored_config(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that a checkpoint was trained with, as plain dicts."""
+    try:
+        return json.loads(state["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            path, "its configuration is missing or damaged", "train again"
+        ) from error
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Put ``weights`` into ``model``.
+
+    Raises:
+        CheckpointError: If they do not fit, with every difference of name or shape (the first
+            eight).
+    """
+    own = model.state_dict()
+    wrong = [f"{name} missing" for name in own if name not in weights]
+    wrong += [f"{name} unknown" for name in weights if name not in own]
+    wrong += [
+        f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(
+            path,
+            f"its weights do not fit the network: {'; '.join(wrong[:8])}{more}",
+            "rebuild with the configuration it was trained with, or choose another run.name",
+        )
+    model.load_state_dict(weights)
+
+
+def _read(path: Path) -> bytes:
+    if path.is_dir():
+        raise CheckpointError(path, "it is a directory", "pass the .pt file inside it")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            path, "no such file", "run `python run.py mode=train` first or check the path"
+        ) from error
+    if not content:
+        raise CheckpointError(
+            path, "the file is empty", "use an older checkpoint of the run, or train again"
+        )
+    return content
+
+
+def _check_archive(path: Path, content: bytes, remedy: str) -> None:
+    """Without a digest, the archive's own CRC-32 of each member, which torch writes and does not
+    check.
+    """
+    try:
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+        raise CheckpointError(
+            path, f"it is no checkpoint or was cut short ({error})", remedy
+        ) from error
+    if damaged:
+        raise CheckpointError(path, f"its part {damaged} is damaged", remedy)
+
+
+def _digest_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")

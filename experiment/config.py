@@ -1,0 +1,186 @@
+"""What a configuration may say: checked as plain dicts, before anything is built from it."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from experiment.errors import RunError
+
+ROOMS = ("sde_lib", "score_models", "likelihood", "experiment")
+ALLOW_VARIABLE = "SCORE_SDE_ALLOW"  # packages of the user's own, comma-separated
+
+
+def walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Every (dotted key, value) of nested dicts and lists, inner nodes included."""
+    items = (
+        config.items()
+        if isinstance(config, Mapping)
+        else enumerate(config)
+        if isinstance(config, list)
+        else ()
+    )
+    for key, value in items:
+        inner = f"{path}.{key}" if path else str(key)
+        yield inner, value
+        yield from walk(value, inner)
+
+
+def check_targets(config: Mapping[str, Any], source: str) -> None:
+    """Refuse every ``_target_`` outside this project's rooms and the packages the user allows.
+
+    A configuration names classes, and a stored one travels with its checkpoint: without this,
+    opening a stranger's checkpoint would call whatever function it names.
+
+    Args:
+        config: Composed or stored configuration.
+        source: Where it comes from, for the message.
+
+    Raises:
+        RunError: Naming key and target; nothing has been imported or called then.
+    """
+    own = [name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()]
+    for key, value in walk(config):
+        if key.split(".")[-1] != "_target_":
+            continue
+        room = str(value).split(".")[0]
+        if room not in (*ROOMS, *own) or not _defined_in(str(value), room):
+            raise RunError(
+                f"{source}: {key}={value} names something outside "
+                f"{', '.join((*ROOMS, *own))}; refused. If it is "
+                f"yours and you trust it, allow its package: {ALLOW_VARIABLE}={room} "
+                "python run.py ..."
+            )
+
+
+def _defined_in(target: str, room: str) -> bool:
+    """Whether ``target`` belongs to ``room``, and is not merely reachable through it (as
+    sde_lib.x.torch is).
+    """
+    names = target.split(".")
+    for split in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:split])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not module.startswith(error.name):
+                raise
+            continue
+        if not found.__name__.split(".")[0] == room:
+            return False
+        for name in names[split:]:
+            found = getattr(found, name, None)
+            if found is None:
+                return True  # a misspelt name in our own room: building it says so
+        return (getattr(found, "__module__", None) or "").split(".")[0] == room
+    return True
+
+
+def check_complete(config: Mapping[str, Any]) -> None:
+    """Report all values that still have to be given (``???``) in one message.
+
+    Raises:
+        RunError: Naming every missing key.
+    """
+    missing = [key for key, value in walk(config) if value == "???"]
+    if missing:
+        raise RunError(
+            "missing: "
+            + ", ".join(f"{key}=..." for key in missing)
+            + "; give them on the command line."
+        )
+
+
+def fill_measured(config: Mapping[str, Any], **measured: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A copy in which every ``null`` under one of the names in ``measured`` has the measured
+    value.
+
+    So the stored configuration says all that is needed to rebuild a model without its data.
+    """
+
+    def fill(node: Any) -> Any:  # noqa: ANN401
+        if isinstance(node, Mapping):
+            return {
+                k: measured[k] if v is None and k in measured else fill(v) for k, v in node.items()
+            }
+        return [fill(item) for item in node] if isinstance(node, list) else node
+
+    return fill(config)
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: Iterable[str] = ()
+) -> list[str]:
+    """Leaves in which two configurations differ, as ``key: old -> new``, but for keys below
+    ``ignore``.
+    """
+
+    def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: value
+            for key, value in walk(config)
+            if not isinstance(value, Mapping | list)
+            and not any(f"{key}.".startswith(f"{i}.") for i in ignore)
+        }
+
+    a, b = leaves(old), leaves(new)
+    return [
+        f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
+        for k in sorted({*a, *b})
+        if a.get(k) != b.get(k)
+    ]
+
+
+def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str:
+    """A composition error in one line, with the key that was probably meant.
+
+    Args:
+        message: What the configuration library says.
+        overrides: The overrides given.
+        known: Keys and groups that exist.
+    """
+    unknown = re.search(
+        r"Key '([^']+)' is not in struct|Could not (?:override|append) '([^']+)'", message
+    )
+    if unknown:
+        for override in overrides:
+            key = _key(override)
+            if key not in known:
+                return f"unknown key {key!r}; {_meant(key, known)}"
+    return " ".join(message.split())
+
+
+def check_added(overrides: Iterable[str], known: Iterable[str]) -> None:
+    """Catch a typo behind ``+``, which adds a key that nothing reads.
+
+    Raises:
+        RunError: If an added key is close to one that exists.
+    """
+    known = list(known)
+    for override in overrides:
+        key = _key(override)
+        if override.startswith("+") and not override.startswith("++") and key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+            if close:
+                raise RunError(
+                    f"+{key} adds a key that nothing reads; did you mean {close[0]} (without +)?"
+                )
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].strip().lstrip("+~").split("@")[0].replace("/", ".")
+
+
+def _meant(key: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]}?"
+    tops = sorted({name.split(".")[0] for name in known})
+    group = key.split(".")[0]
+    inside = sorted(name for name in known if name.startswith(f"{group}."))
+    return f"there are: {', '.join(inside or tops)}."

@@ -1,0 +1,224 @@
+"""Pictures of a run: grids of samples, and curves of the record; 2-D data have their own file."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from experiment.canvas import BLUE, ORANGE, new_figure, write_picture
+from experiment.plane_figures import plot_density, plot_path
+from experiment.record import ITERATION
+from sde_lib.validation import count
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = [
+    "plot_bits",
+    "plot_density",
+    "plot_loss",
+    "plot_path",
+    "running_mean",
+    "save_grid",
+    "save_strip",
+    "series",
+]
+
+TILE = 48  # pixels; a digit of 8x8 needs about this much to be read on a screen
+UNITS = {"eval/bits_per_dim": "bits/dim", "eval/nll": "nats"}
+
+
+def save_grid(
+    images: Tensor,
+    path: str | Path,
+    columns: int | None = None,
+    scale: int | None = None,
+    pad: int = 2,
+) -> Path:
+    """Write images side by side as one PNG.
+
+    Args:
+        images: uint8 [N, C, H, W]. One or two channels show the first in grey, three or more the
+            first three as red, green, blue.
+        path: Where to; the folder is made.
+        columns: Images in a row; the grid is about square if not given.
+        scale: Whole-number enlargement by repetition; tiles get at least 48 pixels if not given.
+        pad: Pixels between tiles.
+
+    Raises:
+        ValueError: If images are no uint8 of that shape, there is none, or a number is below 1.
+    """
+    _check_images(images)
+    columns = min(count("save_grid", "columns", columns or _square(len(images))), len(images))
+    scale = count("save_grid", "scale", scale or math.ceil(TILE / max(images.shape[2:])))
+    pad = count("save_grid", "pad", pad, at_least=0)
+    return _save_pixels(_tile(images.detach().cpu(), columns, scale, pad), path)
+
+
+def save_strip(states: Sequence[Tensor], path: str | Path, scale: int | None = None) -> Path:
+    """Write the way from noise to data: one row a sample, one column a state.
+
+    Args:
+        states: Images uint8 [N, C, H, W], one batch a state, noise first.
+        path: Where to.
+        scale: As in ``save_grid``.
+
+    Raises:
+        ValueError: If there is no state, or the batches differ in shape.
+    """
+    if not states or len({state.shape for state in states}) != 1:
+        raise ValueError(
+            f"save_strip needs one batch of the same shape a state; got shapes "
+            f"{[tuple(state.shape) for state in states]}."
+        )
+    images = torch.stack(list(states), dim=1).flatten(0, 1)  # [N, S, ...] -> [N S, ...]
+    return save_grid(images, path, columns=len(states), scale=scale)
+
+
+def plot_loss(
+    rows: Iterable[Mapping[str, Any]], path: str | Path, floor: float | None = None
+) -> Path:
+    """Write training loss over iterations: every logged value pale, their running mean dark.
+
+    Args:
+        rows: Rows of the record; those without a finite train/loss are left out.
+        path: Where to.
+        floor: The loss of the exact score, where it is known.
+
+    Raises:
+        ValueError: If no row has a finite loss.
+    """
+    iterations, losses = series(rows, "train/loss")
+    if not losses:
+        raise ValueError("plot_loss needs a row with a finite train/loss; got none.")
+    with new_figure(path, 6.4, 3.2) as figure:
+        axes = figure.subplots()
+        few = len(losses) < 3
+        axes.plot(
+            iterations,
+            losses,
+            color=BLUE,
+            alpha=0.3,
+            lw=1,
+            marker="o" if few else None,
+            label="logged",
+        )
+        axes.plot(iterations, running_mean(losses), color=BLUE, lw=2, label="running mean")
+        if floor is not None:
+            axes.axhline(floor, color=ORANGE, ls="--", lw=1.2, label=f"exact score: {floor:.4g}")
+        if min(losses) > 0 and max(losses) > 10 * min(losses):
+            axes.set_yscale("log")
+        _iterations(axes)
+        axes.set(ylabel="loss", title="Training loss")
+        axes.legend()
+    return Path(path)
+
+
+def plot_bits(
+    rows: Iterable[Mapping[str, Any]], path: str | Path, floor: float | None = None
+) -> Path:
+    """Write likelihood over iterations with one standard error up and down.
+
+    Args:
+        rows: Rows of the record with eval/bits_per_dim, or else eval/nll, and their ..._stderr.
+        path: Where to.
+        floor: Known entropy of the data, in the unit of the curve.
+
+    Raises:
+        ValueError: If no row holds an evaluation.
+    """
+    rows = list(rows)
+    metric = next((name for name in UNITS if series(rows, name)[1]), None)
+    if metric is None:
+        raise ValueError(f"plot_bits needs a row with a finite {' or '.join(UNITS)}; got none.")
+    iterations, values = series(rows, metric)
+    errors = [row.get(f"{metric}_stderr") or 0.0 for row in rows if _finite(row.get(metric))]
+    with new_figure(path, 6.4, 3.2) as figure:
+        axes = figure.subplots()
+        axes.errorbar(
+            iterations,
+            values,
+            yerr=errors,
+            color=BLUE,
+            marker="o",
+            ms=4,
+            lw=1.5,
+            capsize=3,
+            label="model, ± 1 standard error",
+        )
+        if floor is not None:
+            axes.axhline(floor, color=ORANGE, ls="--", lw=1.2, label=f"entropy: {floor:.4g}")
+        _iterations(axes)
+        axes.set(ylabel=f"{UNITS[metric]}, lower is better", title="Test-set likelihood")
+        axes.legend()
+    return Path(path)
+
+
+def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Iterations and finite values of the metric ``name``, in the order of the record."""
+    pairs = [(row.get(ITERATION, 0), row[name]) for row in rows if _finite(row.get(name))]
+    return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def running_mean(values: Sequence[float], span: float = 0.05) -> list[float]:
+    """Mean over a window that reaches as far back as ahead: a fraction ``span`` of the series.
+
+    The window shrinks towards both ends, so that a straight line stays a straight line.
+    """
+    sums = [0.0, *itertools.accumulate(values)]
+    half = round(span * len(values) / 2)
+    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
+    return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(reach)]
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise ValueError(
+            f"a grid needs images as uint8 [N, C, H, W], none of them 0; got "
+            f"{images.dtype} {tuple(images.shape)}; scale to 0..255 and round first."
+        )
+
+
+def _square(number: int) -> int:
+    return math.ceil(math.sqrt(number))
+
+
+def _tile(images: Tensor, columns: int, scale: int, pad: int) -> Tensor:
+    """One picture [H, W] or [H, W, 3] from [N, C, H, W], pale grey between the tiles."""
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
+    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    number, channels, height, width = images.shape
+    rows = math.ceil(number / columns)
+    canvas = torch.full(
+        (channels, rows * (height + pad) + pad, columns * (width + pad) + pad),
+        225,
+        dtype=torch.uint8,
+    )
+    for index, image in enumerate(images):
+        top = pad + index // columns * (height + pad)
+        left = pad + index % columns * (width + pad)
+        canvas[:, top : top + height, left : left + width] = image
+    return canvas.permute(1, 2, 0).squeeze(-1)
+
+
+def _save_pixels(pixels: Tensor, path: str | Path) -> Path:
+    from PIL import Image
+
+    picture = Image.fromarray(pixels.contiguous().numpy())
+    return write_picture(path, lambda partial: picture.save(partial, format="PNG"))
+
+
+def _iterations(axes: Axes) -> None:
+    axes.set_xlabel("iteration")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

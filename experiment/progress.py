@@ -1,0 +1,77 @@
+"""Progress bars: drawn on stderr when a person watches, silent otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Progress(Generic[T]):
+    """An iterable that shows how far it is.
+
+    Args:
+        items: What to go through.
+        bar: A tqdm bar, or None to stay silent.
+    """
+
+    def __init__(self, items: Iterable[T], bar: Any = None) -> None:  # noqa: ANN401
+        self.items = items
+        self.bar = bar
+
+    def __iter__(self) -> Iterator[T]:
+        try:
+            for item in self.items:
+                yield item
+                if self.bar is not None:
+                    self.bar.update()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+
+    def note(self, text: str) -> None:
+        """Show ``text`` behind the bar, for example the newest loss."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+
+
+def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
+    """``work`` with a bar on stderr, if stderr is a terminal.
+
+    Into a pipe, a file, a closed stream or a dumb terminal nothing is written. The bar has no
+    colours and moves by carriage return alone, so NO_COLOR holds without being asked. Without
+    tqdm the loop runs silently.
+
+    Args:
+        work: An iterable, or a number n for ``range(n)``.
+        description: Shown in front of the bar.
+    """
+    items: Iterable[Any] = range(work) if isinstance(work, int) else work
+    if not _watched():
+        return Progress(items)
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return Progress(items)
+    total = len(items) if isinstance(items, Sized) else None
+    return Progress(
+        items,
+        tqdm(
+            total=total,
+            desc=description,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            ascii=bool(os.environ.get("NO_COLOR")),
+            mininterval=0.3,
+        ),
+    )
+
+
+def _watched() -> bool:
+    try:
+        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    except (AttributeError, ValueError, OSError):  # stderr is None, or closed
+        return False

@@ -1,0 +1,146 @@
+"""The record of a run: ``metrics.jsonl``, append-only, one JSON object a line, on disk at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sde_lib.validation import count
+
+ITERATION = "train/iteration"
+TIME = "time"
+NONFINITE = "nonfinite"
+
+
+class Record:
+    """Appends rows to ``metrics.jsonl``; every tracker and figure is a view of this file.
+
+    A row is one line and one write, so a run that is killed loses at most the line it was
+    writing. JSON has no NaN and no infinity: such a value is stored as ``null`` and spelled out
+    under ``"nonfinite"`` (``{"train/loss": null, "nonfinite": {"train/loss": "nan"}}``); ``read``
+    turns it back into a float.
+
+    Args:
+        run_dir: Directory of the run; made if it is not there.
+    """
+
+    FILE = "metrics.jsonl"
+    ORPHANED = "metrics.jsonl.orphaned"
+
+    def __init__(self, run_dir: str | Path) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.path = self.run_dir / self.FILE
+
+    def log(self, values: Mapping[str, float], iteration: int) -> None:
+        """Append one row and hand it to the operating system before returning.
+
+        Args:
+            values: Metric name to number; a tensor or array of one element counts as a number.
+            iteration: Optimiser iteration, stored as ``train/iteration``. The row also gets
+                ``time``, unix seconds.
+
+        Raises:
+            ValueError: If a value is no number or the iteration no whole number >= 0.
+            OSError: If the disk refuses the line.
+        """
+        count("Record.log", "iteration", iteration, at_least=0)
+        row = {name: _number(name, value) for name, value in values.items()}
+        row |= {ITERATION: int(iteration), TIME: time.time()}
+        _append(self.path, _encode(row))
+
+    def cut(self, iteration: int) -> int:
+        """Drop what a resumed run is going to write again, and what a crash left half written.
+
+        Rows beyond ``iteration`` and unreadable lines move to ``metrics.jsonl.orphaned``. The
+        file is replaced in one step: a crash in here leaves the old one or the new one.
+
+        Args:
+            iteration: Iteration of the checkpoint from which the run goes on, >= 0.
+
+        Returns:
+            How many lines moved.
+        """
+        count("Record.cut", "iteration", iteration, at_least=0)
+        if not self.path.exists():
+            return 0
+        content = self.path.read_bytes()
+        lines = [line for line in content.split(b"\n") if line.strip()]
+        kept = [line for line in lines if _stands(line, iteration)]
+        orphaned = [line for line in lines if not _stands(line, iteration)]
+        for line in orphaned:
+            _append(self.run_dir / self.ORPHANED, line)
+        repaired = b"".join(line + b"\n" for line in kept)
+        if repaired != content:
+            _replace(self.path, repaired)
+        return len(orphaned)
+
+    @classmethod
+    def read(cls, run_dir: str | Path) -> list[dict[str, Any]]:
+        """All rows in the order they were written; empty if there is no record yet.
+
+        A line that a crash cut short is skipped.
+        """
+        path = Path(run_dir) / cls.FILE
+        if not path.exists():
+            return []
+        rows = (_decode(line) for line in path.read_bytes().split(b"\n"))
+        return [row for row in rows if row is not None]
+
+
+def _number(name: str, value: Any) -> int | float:  # noqa: ANN401
+    """``value`` as a plain number; whole numbers stay whole."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises RuntimeError for [2]
+        raise ValueError(
+            f"Record.log needs one number a metric; got {name}={value!r} "
+            f"({type(value).__name__}); reduce it or leave it out."
+        ) from error
+
+
+def _encode(row: Mapping[str, float]) -> bytes:
+    odd = {name: str(value) for name, value in row.items() if not math.isfinite(value)}
+    clean: dict[str, Any] = {name: None if name in odd else value for name, value in row.items()}
+    return json.dumps(clean | ({NONFINITE: odd} if odd else {}), allow_nan=False).encode()
+
+
+def _decode(line: bytes) -> dict[str, Any] | None:
+    """The row of a line, or None if the line is blank or torn."""
+    try:
+        row = json.loads(line)
+    except ValueError:  # also bytes that are no UTF-8
+        return None
+    if not isinstance(row, dict):
+        return None
+    return row | {name: float(word) for name, word in row.pop(NONFINITE, {}).items()}
+
+
+def _stands(line: bytes, iteration: int) -> bool:
+    row = _decode(line)
+    return row is not None and row.get(ITERATION, 0) <= iteration
+
+
+def _append(path: Path, line: bytes) -> None:
+    """One write a line; behind a torn line it starts a fresh one."""
+    with open(path, "ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line + b"\n")
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

@@ -1,0 +1,282 @@
+"""``report.html``: one page about a run that opens from disk, at any time of the run."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import math
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from experiment import figures
+from experiment.canvas import write_picture
+from experiment.page import page
+from experiment.record import ITERATION, Record
+
+log = logging.getLogger(__name__)
+
+Row = Mapping[str, Any]
+UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
+COLUMNS = {
+    "iteration": "iteration",
+    "value": "result ± standard error",
+    "num_samples": "samples",
+    "nfe": "evaluations",
+    "seconds": "seconds",
+    "how": "how",
+}
+HOW = ("sde", "divergence", "dequantization", "note", "checkpoint")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Build ``report.html`` from what stands in ``run_dir``; what is missing is left out.
+
+    Read: ``metrics.jsonl``, ``config.yaml``, ``run.json`` (name, created, command, versions,
+    state; optionally entropy), ``likelihood.json`` (a list of evaluations; each may carry the
+    entropy of the data), and the newest by iteration of ``samples/grid-*.png``,
+    ``samples/strip-*.png``, ``figures/path-*.png`` and ``figures/density-*.png``.
+    Written: ``report.html``, ``figures/loss.png``, ``figures/bits.png``. Pictures are embedded;
+    the page loads nothing and runs no script.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        OSError: If the page cannot be written.
+    """
+    run_dir = Path(run_dir)
+    rows = Record.read(run_dir)
+    about = _load(run_dir / "run.json", dict)
+    evaluations = [row for row in _load(run_dir / "likelihood.json", list) if _complete(row)]
+    newest = _newest(evaluations, rows)
+    entropy = next(
+        (source["entropy"] for source in (newest or {}, about) if _number(source.get("entropy"))),
+        None,
+    )
+    floor = entropy if newest is not None and newest["metric"] == "nll" else None
+    bits = _figure(
+        run_dir / "figures" / "bits.png",
+        "Likelihood during training, test set",
+        lambda path: figures.plot_bits(rows, path, floor=floor),
+    )
+    loss = _figure(
+        run_dir / "figures" / "loss.png",
+        "Loss of the training batches",
+        lambda path: figures.plot_loss(rows, path),
+    )
+    sections = {
+        "Samples": _newest_picture(run_dir, "samples/grid", "Samples of the model"),
+        "From noise to data": (
+            _newest_picture(run_dir, "samples/strip", "Samples on their way")
+            + _newest_picture(run_dir, "figures/path", "Points on their way")
+        ),
+        "Density, score and samples": _newest_picture(run_dir, "figures/density", "The density"),
+        "Likelihood": bits or _plain("No evaluation yet."),
+        "Training loss": loss or _plain("No loss logged yet."),
+        "All evaluations": _table(evaluations),
+        "How to go on": _commands(str(about.get("command") or "")),
+        "Configuration": _config(run_dir),
+    }
+    name = str(about.get("name") or run_dir.resolve().name)
+    body = _headline(name, about, rows, newest, entropy) + "".join(
+        f"<section><h2>{escape(title)}</h2>\n{content}</section>\n"
+        for title, content in sections.items()
+        if content
+    )
+    target = run_dir / "report.html"
+    return write_picture(
+        target, lambda partial: partial.write_text(page(name, body), encoding="utf-8")
+    )
+
+
+def uncertain(value: float, error: float | None) -> str:
+    """``value`` ± ``error`` with two digits of the error, as in 1.812 ± 0.013."""
+    if not error or not math.isfinite(error):
+        return f"{value:.4g}"
+    digits = min(8, max(0, 1 - math.floor(math.log10(error))))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
+
+
+def go_on(command: str) -> dict[str, str]:
+    """What to type next, from the ``command`` that began the run: its choices, other modes."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # an unbalanced quote: the command was joined without quoting
+        words = command.split()
+    words = words or ["python", "run.py"]
+    own = [word for word in words if not re.match(r"(mode|run\.fresh|checkpoint)\b", word)]
+    base = shlex.join(own)
+    return {
+        "Train on, or resume after a stop": f"{base} mode=train",
+        "Likelihood of the newest checkpoint": f"{base} mode=likelihood",
+        "Samples of the newest checkpoint": f"{base} mode=sample",
+    }
+
+
+def _headline(
+    name: str, about: Row, rows: Sequence[Row], newest: Row | None, entropy: float | None
+) -> str:
+    if newest is None:
+        result = _plain("No evaluation yet.")
+    else:
+        unit = UNITS[newest["metric"]]
+        result = (
+            f'<p class="result">{uncertain(newest["value"], newest.get("standard_error"))} '
+            f"<span>{unit}, test set{_sample_count(newest)}</span></p>\n"
+        )
+        if newest["metric"] == "nll" and entropy is not None:
+            gap = uncertain(newest["value"] - entropy, newest.get("standard_error"))
+            result += _plain(f"Entropy of the data: {entropy:.4f} nats; the model is {gap} above.")
+    return f"<header><h1>{escape(name)}</h1>\n{result}{_facts(about, rows)}</header>\n"
+
+
+def _sample_count(evaluation: Row) -> str:
+    number = evaluation.get("num_samples")
+    return f" ({number} samples)" if _number(number) else ""
+
+
+def _facts(about: Row, rows: Sequence[Row]) -> str:
+    """One line: how far, how fast, when, with which versions."""
+    iterations = [row[ITERATION] for row in rows if _number(row.get(ITERATION))]
+    speed = figures.series(rows, "perf/images_per_s")[1]
+    versions = about.get("versions")
+    facts = [
+        str(about.get("state") or ""),
+        f"iteration {max(iterations):,}".replace(",", " ") if iterations else "",
+        f"{speed[-1]:,.0f} samples/s in training".replace(",", " ") if speed else "",
+        f"begun {about['created']}" if about.get("created") else "",
+        ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
+    ]
+    return _plain(" · ".join(fact for fact in facts if fact), "facts")
+
+
+def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
+    """The evaluation of the highest iteration, a full one if there is one; of several the last."""
+    logged = [
+        {
+            "iteration": row.get(ITERATION, 0),
+            "metric": metric,
+            "value": row[f"eval/{metric}"],
+            "standard_error": row.get(f"eval/{metric}_stderr"),
+        }
+        for row in rows
+        for metric in UNITS
+        if _number(row.get(f"eval/{metric}"))
+    ]
+    everything = [*evaluations[::-1], *logged[::-1]]  # max keeps the first of equals
+    return max(everything, key=lambda row: row["iteration"], default=None)
+
+
+def _table(evaluations: Sequence[Row]) -> str:
+    if not evaluations:
+        return _plain("No full evaluation yet; `mode=likelihood` makes one.")
+    head = "".join(f"<th>{escape(title)}</th>" for title in COLUMNS.values())
+    lines = ("".join(_cell(row, key) for key in COLUMNS) for row in evaluations[::-1])
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>\n"
+    )
+
+
+def _cell(row: Row, key: str) -> str:
+    value = row.get(key)
+    if key == "how":
+        how = "; ".join(str(row[part]) for part in HOW if row.get(part))
+        return f'<td class="text">{escape(how)}</td>'
+    if key == "value":
+        shown = f"{uncertain(value, row.get('standard_error'))} {UNITS[row['metric']]}"
+    elif isinstance(value, float):
+        shown = f"{value:.4g}" if value < 100 else f"{value:.0f}"
+    else:
+        shown = "–" if value is None else str(value)
+    return f"<td>{escape(shown)}</td>"
+
+
+def _commands(command: str) -> str:
+    return "".join(
+        f"<p>{escape(what)}</p><pre><code>{escape(line)}</code></pre>\n"
+        for what, line in go_on(command).items()
+    )
+
+
+def _config(run_dir: Path) -> str:
+    path = run_dir / "config.yaml"
+    if not path.exists():
+        return _plain("No config.yaml in this directory.")
+    return f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>\n"
+
+
+def _figure(path: Path, alt: str, draw: Callable[[Path], object]) -> str:
+    """The picture that ``draw`` writes; a line if it cannot, nothing if there is no data."""
+    try:
+        draw(path)
+    except ImportError as error:
+        return _plain(f"Not drawn: {error}; `pip install matplotlib` adds the figures.")
+    except ValueError:
+        return ""
+    return _picture(path, alt)
+
+
+def _newest_picture(run_dir: Path, stem: str, alt: str) -> str:
+    """The picture ``<stem>-<iteration>.png`` of the highest iteration that is a whole PNG."""
+    found = []
+    for path in (run_dir / stem).parent.glob(f"{Path(stem).name}-*.png"):
+        number = re.fullmatch(r"\d+", path.stem.rpartition("-")[2])
+        if number:
+            found.append((int(number[0]), path))
+    for iteration, path in sorted(found, reverse=True):
+        picture = _picture(path, f"{alt}, iteration {iteration}")
+        if picture:
+            return picture
+    return ""
+
+
+def _picture(path: Path, alt: str) -> str:
+    content = path.read_bytes()
+    if not content.startswith(PNG):
+        return ""
+    data = base64.b64encode(content).decode()
+    kind = ' class="pixels"' if path.parent.name == "samples" else ""
+    return (
+        f'<figure><img{kind} src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+        f"<figcaption>{escape(alt)}</figcaption></figure>\n"
+    )
+
+
+def _plain(text: str, kind: str = "plain") -> str:
+    return f'<p class="{kind}">{escape(text)}</p>\n' if text else ""
+
+
+def _load(path: Path, kind: type) -> Any:  # noqa: ANN401
+    """The JSON in ``path`` if it is of ``kind``, else an empty one."""
+    if not path.exists():
+        return kind()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        log.warning("%s is no JSON; the report leaves it out.", path)
+        return kind()
+    return content if isinstance(content, kind) else kind()
+
+
+def _complete(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and row.get("metric") in UNITS
+        and _number(row.get("value"))
+        and _number(row.get("iteration"))
+    )
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,266 @@
+"""One run: its directory, its lock, its configuration, and how its parts are built."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiment.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    load_weights,
+    remove_partial_files,
+    stored_config,
+    write_atomically,
+)
+from experiment.config import check_complete, check_targets, differences, fill_measured
+from experiment.data import Dataset
+from experiment.errors import RunError
+from score_models import ScoreModel
+from sde_lib import validation
+
+# what may change when a run goes on: not what is being trained, only how it is watched and for how
+# long
+CHANGEABLE = (
+    "mode",
+    "sampler",
+    "likelihood",
+    "tracking",
+    "run",
+    "checkpoint",
+    "device",
+    "threads",
+    "training.steps",
+    "training.log_every",
+    "training.checkpoint_every",
+    "training.evaluate_every",
+    "experiment",
+    "data.root",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A composed configuration, and what can be built from it.
+
+    Args:
+        config: Plain nested dicts.
+        instantiate: Builds the object that one node of the configuration describes.
+    """
+
+    config: Mapping[str, Any]
+    instantiate: Callable[[Mapping[str, Any]], Any]
+
+    def __post_init__(self) -> None:
+        check_complete(self.config)
+        check_targets(self.config, "configuration")
+        for key in ("root", "name"):
+            if not isinstance(self.config["run"][key], str) or not self.config["run"][key].strip():
+                raise RunError(
+                    f"run.{key} must be a non-empty path; got {self.config['run'][key]!r}."
+                )
+
+    def go(self) -> None:
+        """Run the chosen mode."""
+        if self.config["threads"] is not None:
+            torch.set_num_threads(
+                validation.count("configuration", "threads", self.config["threads"])
+            )
+        self.build("mode")(self)
+
+    @property
+    def path(self) -> Path:
+        """Directory of the run."""
+        return Path(self.config["run"]["root"]) / self.config["run"]["name"]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where its checkpoints are."""
+        return self.path / "checkpoints"
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything random."""
+        seed = self.config["seed"]
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise RunError(f"seed must be a whole number >= 0; got seed={seed!r}.")
+        return seed
+
+    def device(self) -> torch.device:
+        """The device asked for; ``auto`` is the first GPU if there is one.
+
+        Raises:
+            RunError: If there is no such device; the message lists those there are.
+        """
+        wanted = self.config["device"]
+        there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        if wanted == "auto":
+            return torch.device(there[1] if len(there) > 1 else "cpu")
+        if wanted in there or (wanted == "cuda" and len(there) > 1):
+            return torch.device(wanted)
+        raise RunError(
+            f"device={wanted} is not here; there is: {', '.join(there)} (or device=auto)."
+        )
+
+    def build(self, part: str) -> Any:  # noqa: ANN401
+        """What the configuration names under ``part``."""
+        return self.instantiate(self.config[part])
+
+    def build_model(self) -> ScoreModel:
+        """Network, process and parameterization, put together."""
+        return ScoreModel(self.build("network"), self.build("sde"), self.build("parameterization"))
+
+    def measured(self, data: Dataset) -> Run:
+        """This run with what the data decide filled in: the shape of a sample and the spread of
+        its values.
+        """
+        probe = torch.Generator().manual_seed(0)
+        values = data.units.encode(data.train[:4096], probe)
+        std = float(f"{values.std(correction=0):.6g}")
+        return replace(
+            self, config=fill_measured(self.config, shape=list(data.shape), data_std=std)
+        )
+
+    def trained(self) -> tuple[Run, ScoreModel, Path, int]:
+        """The run, the EMA model, the file and the iteration of the newest checkpoint, or of
+        ``checkpoint=PATH``.
+
+        Network, process and parameterization come from the configuration *stored with it*; the
+        rest is this run's own.
+
+        Raises:
+            RunError: If there is none, saying what to do; or if it cannot be used.
+        """
+        path = Path(self.config["checkpoint"]) if self.config["checkpoint"] else self._newest()
+        state = load_checkpoint(path)
+        stored = stored_config(path, state)
+        check_targets(stored, f"checkpoint {path}")
+        parts = ("sde", "network", "parameterization")
+        run = replace(self, config={**self.config, **{part: stored[part] for part in parts}})
+        model = run.build_model()
+        load_weights(model, state["ema"], path)
+        return (
+            run,
+            model.to(self.device()).eval().requires_grad_(False),
+            path,
+            int(state["iteration"]),
+        )
+
+    def _newest(self) -> Path:
+        found = list_checkpoints(self.checkpoints)
+        if not found:
+            raise RunError(
+                f"no checkpoint at {self.checkpoints}; run `python run.py mode=train` "
+                "with the same choices first, "
+                "or pass checkpoint=PATH."
+            )
+        return found[-1]
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the run directory for training: made, locked, freed of partial files.
+
+        The lock is the kernel's: it goes with the process, so that none is ever stale.
+
+        Raises:
+            RunError: If another trainer holds it, or the directory cannot be used.
+        """
+        import fcntl
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / "lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            raise RunError(
+                f"run directory {self.path} cannot be used ({error.strerror}); choose "
+                "another with run.root=PATH "
+                "or run.name=NAME."
+            ) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                handle.seek(0)
+                raise RunError(
+                    f"run directory {self.path} is locked by "
+                    f"{handle.read().strip() or 'another trainer'}; "
+                    "wait for it, or choose another directory with run.name=NAME."
+                ) from error
+            handle.truncate(0)
+            handle.write(
+                f"PID {os.getpid()} on {socket.gethostname()} since "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
+            )
+            handle.flush()
+            remove_partial_files(self.checkpoints)
+            yield
+
+    def set_aside(self) -> None:
+        """For ``run.fresh=true``: move an earlier run of this name out of the way; nothing is
+        deleted.
+        """
+        if self.path.is_dir() and any(self.path.iterdir()):
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            aside = self.path.with_name(f"{self.path.name}.before-{stamp}-{os.getpid()}")
+            os.replace(self.path, aside)
+            print(f"earlier run moved to {aside}", flush=True)
+
+    def write_config(self) -> None:
+        """Keep the configuration as ``config.yaml``, written once, and who ran it as ``run.json``.
+
+        Raises:
+            RunError: If the directory belongs to a run with other choices; they are listed.
+        """
+        import yaml
+
+        path = self.path / "config.yaml"
+        if path.exists():
+            changed = differences(
+                yaml.safe_load(path.read_text(encoding="utf-8")), self.config, CHANGEABLE
+            )
+            if changed:
+                raise RunError(
+                    f"run directory {self.path} holds a run with other choices "
+                    f"({'; '.join(changed)}); choose another "
+                    "directory with run.name=NAME, or set the earlier run aside with "
+                    "run.fresh=true."
+                )
+            return
+        about = {
+            "name": self.config["run"]["name"],
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(["python", *sys.argv]),
+            "versions": _versions(),
+            "state": "training",
+        }
+        write_atomically(self.path / "run.json", json.dumps(about, indent=1).encode())
+        text = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
+        write_atomically(path, text.encode())
+
+    def set_state(self, state: str) -> None:
+        """Note in ``run.json`` how far the run is: training, stopped, finished or failed."""
+        path = self.path / "run.json"
+        about = (
+            json.loads(path.read_text()) if path.exists() else {"name": self.config["run"]["name"]}
+        )
+        write_atomically(path, json.dumps(about | {"state": state}, indent=1).encode())
+
+
+def _versions() -> dict[str, str]:
+    import numpy
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+    }

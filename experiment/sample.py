@@ -1,0 +1,151 @@
+"""mode=sample: samples of a trained model, as arrays and pictures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiment import figures
+from experiment.data import Dataset
+from experiment.plane import draw_plane
+from experiment.progress import progress
+from experiment.report import write_report
+from experiment.run import Run
+from score_models import ScoreModel
+from sde_lib import Counted, PerSample, validation
+from sde_lib.samplers import Sampler
+
+STRIP = 8  # samples shown on their way from noise to data
+
+
+def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
+    """Draw samples from the newest checkpoint of the run, or from ``checkpoint=PATH``.
+
+    Writes ``samples/samples-<iteration>-<sampler>.npz`` (samples in data units, their seeds,
+    evaluations, wall time) and, for images, the grid and the strip from noise to data.
+
+    Args:
+        run: The composed configuration; model and process are those stored with the checkpoint.
+        num_samples: How many.
+        batch_size: How many at a time; sample i does not depend on it.
+    """
+    num_samples = validation.count("mode=sample", "num_samples", num_samples)
+    batch_size = validation.count("mode=sample", "batch_size", batch_size)
+    sampler: Sampler = run.build("sampler")
+    data: Dataset = run.build("data")
+    run, model, path, iteration = run.trained()
+    began = time.monotonic()
+    seeds = [(run.seed << 40) + i for i in range(num_samples)]
+    parts, states, nfe = [], [], 0
+    for start in progress(range(0, num_samples, batch_size), "samples"):
+        score = Counted(model.score)
+        trajectory = draw(score, model, sampler, data.shape, seeds[start : start + batch_size])
+        nfe = max(nfe, score.nfe)
+        parts.append(trajectory[-1])
+        states = states or trajectory
+    seconds = time.monotonic() - began
+    values = data.units.decode(torch.cat(parts).cpu())
+    folder = run.path / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    array = folder / f"samples-{iteration:08d}-{type(sampler).__name__.lower()}.npz"
+    np.savez(
+        array,
+        samples=values.numpy(),
+        seeds=np.array(seeds, dtype=np.uint64),
+        nfe=nfe,
+        seconds=seconds,
+        sampler=repr(sampler),
+        checkpoint=str(path),
+    )
+    print(
+        f"{num_samples} samples by {type(sampler).__name__}, {nfe} evaluations each, "
+        f"{seconds:.1f} s: {array}"
+    )
+    draw_pictures(run, model, data, iteration, values, states)
+    print(f"report: {write_report(run.path)}")
+
+
+@torch.no_grad()
+def draw(
+    score: Counted,
+    model: ScoreModel,
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    seeds: Sequence[int],
+) -> list[Tensor]:
+    """Eleven states on the way from the prior to the samples, each [B, ...]; sample i depends on
+    seeds[i] alone.
+    """
+    device = next(model.parameters()).device
+    streams = PerSample(seeds)
+    start = model.sde.prior_sample((len(seeds), *shape), generator=streams, device=device)
+    states = [x for _, x in sampler.trajectory(score, model.sde, start, generator=streams)]
+    shown = {round(i * (len(states) - 1) / 10) for i in range(11)}
+    if not bool(torch.isfinite(states[-1]).all()):
+        raise RuntimeError(
+            f"{sampler} gave samples that are not finite; use more steps, or look at the model."
+        )
+    return [state for i, state in enumerate(states) if i in shown]
+
+
+def draw_and_save(
+    run: Run, model: ScoreModel, sampler: Sampler, data: Dataset, iteration: int, count: int
+) -> Path | None:
+    """Pictures of ``count`` fresh samples, the same seeds each time; None for data that cannot be
+    drawn.
+    """
+    if len(data.shape) != 3 and data.shape != (2,):
+        return None
+    count = count if len(data.shape) == 3 else max(count, 2000)
+    states = draw(
+        Counted(model.score),
+        model,
+        sampler,
+        data.shape,
+        [(run.seed << 40) + i for i in range(count)],
+    )
+    return draw_pictures(run, model, data, iteration, data.units.decode(states[-1].cpu()), states)
+
+
+def draw_pictures(
+    run: Run,
+    model: ScoreModel,
+    data: Dataset,
+    iteration: int,
+    values: Tensor,
+    states: list[Tensor],
+) -> Path | None:
+    """Grid and strip of images, density and path of points in the plane; None for other data."""
+    if data.shape == (2,):
+        return draw_plane(run.path / "figures", iteration, model, data, states)
+    if len(data.shape) != 3:
+        return None
+    folder = run.path / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = folder / f"grid-{iteration:08d}.png"
+    figures.save_grid(to_bytes(values, data), grid)
+    shown = [_visible(state[:STRIP]) for state in states[:-1]] + [states[-1][:STRIP]]
+    steps = [to_bytes(data.units.decode(state.cpu()), data) for state in shown]
+    figures.save_strip(steps, folder / f"strip-{iteration:08d}.png")
+    return grid
+
+
+def _visible(state: Tensor) -> Tensor:
+    """A noisy state shrunk into the range of the data: the noise of a VE process would be all
+    black and white.
+    """
+    spread = state.flatten(1).abs().quantile(0.9, dim=1).clamp(min=1.0)
+    return state / spread.reshape(-1, *(1,) * (state.ndim - 1))
+
+
+def to_bytes(values: Tensor, data: Dataset) -> Tensor:
+    """Images in data units as grey values 0..255, uint8."""
+    if data.levels is not None:
+        return (values.float() * (255 / (data.levels - 1))).round().to(torch.uint8)
+    low, high = data.train.min(), data.train.max()
+    return ((values - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,288 @@
+"""The training loop: flat, resumable to the bit, and a function of (seed, iteration)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiment.data import Dataset
+from experiment.errors import RunError
+from experiment.progress import progress
+from score_models import Objective, ScoreModel
+from sde_lib import validation
+
+
+@dataclass(frozen=True)
+class Training:
+    """How to optimise.
+
+    Args:
+        steps: Iterations of the optimiser.
+        batch_size: Samples an iteration; at most the size of the training set.
+        lr: Learning rate of AdamW after warm-up.
+        warmup: Iterations over which it rises from zero.
+        decay: Whether it falls to zero along a cosine; else it stays.
+        beta2: Decay of AdamW's second moment.
+        weight_decay: AdamW's weight decay, >= 0.
+        clip: Gradients are scaled down to this norm.
+        ema: Decay of the averaged weights, which are the ones evaluated; it warms up as (1 + n) /
+            (10 + n).
+        log_every: Iterations between lines of the record.
+        checkpoint_every: Iterations between checkpoints.
+        evaluate_every: Iterations between evaluations; the end is always evaluated.
+    """
+
+    steps: int = 1000
+    batch_size: int = 128
+    lr: float = 1e-3
+    warmup: int = 100
+    decay: bool = True
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    log_every: int = 50
+    checkpoint_every: int = 500
+    evaluate_every: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
+            object.__setattr__(self, name, validation.count("training", name, getattr(self, name)))
+        object.__setattr__(
+            self, "warmup", validation.count("training", "warmup", self.warmup, at_least=0)
+        )
+        validation.real("training", "lr", self.lr, above=0)
+        validation.real("training", "clip", self.clip, above=0)
+        validation.real("training", "weight_decay", self.weight_decay, at_least=0)
+        validation.real("training", "ema", self.ema, at_least=0, below=1)
+        validation.real("training", "beta2", self.beta2, above=0, below=1)
+        if not isinstance(self.decay, bool):
+            raise ValueError(
+                f"training needs decay to be true or false; got decay={self.decay!r}."
+            )
+
+    def lr_at(self, iteration: int) -> float:
+        """Learning rate of an iteration, counted from 0."""
+        rate = self.lr * min(1.0, (iteration + 1) / max(1, self.warmup))
+        return (
+            rate * 0.5 * (1 + math.cos(math.pi * iteration / self.steps)) if self.decay else rate
+        )
+
+
+@dataclass
+class State:
+    """What training changes: the model, its average and the optimiser."""
+
+    model: ScoreModel
+    ema: ScoreModel
+    optimizer: torch.optim.Optimizer
+    iteration: int = 0
+
+    @classmethod
+    def fresh(cls, model: ScoreModel, settings: Training) -> State:
+        """The state before the first iteration."""
+        ema = copy.deepcopy(model).requires_grad_(False).eval()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.lr,
+            betas=(0.9, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        return cls(model, ema, optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on to the bit; batches and noise are functions of (seed,
+        iteration).
+        """
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = int(state["iteration"])
+
+
+@dataclass
+class Batches:
+    """Which samples each iteration sees: shuffled epochs, a function of (seed, iteration) alone.
+
+    Args:
+        size: Samples in the training set.
+        batch_size: At most ``size``.
+        seed: Seed of the shuffles.
+    """
+
+    size: int
+    batch_size: int
+    seed: int
+    _epochs: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_size > self.size:
+            raise ValueError(
+                f"training.batch_size={self.batch_size} is larger than the training "
+                f"set of {self.size} samples; "
+                "make it smaller."
+            )
+
+    def __call__(self, iteration: int) -> Tensor:
+        """Indices [batch_size] of iteration ``iteration``, counted from 0; an epoch's rest opens
+        the next batch.
+        """
+        start = iteration * self.batch_size
+        first, last = start // self.size, (start + self.batch_size - 1) // self.size
+        shuffled = torch.cat([self._epoch(epoch) for epoch in range(first, last + 1)])
+        offset = start - first * self.size
+        return shuffled[offset : offset + self.batch_size]
+
+    def _epoch(self, epoch: int) -> Tensor:
+        if epoch not in self._epochs:
+            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = torch.randperm(
+                self.size, generator=stream(self.seed, "epoch", epoch)
+            )
+        return self._epochs[epoch]
+
+
+def stream(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A generator that is a function of (seed, purpose, index): nothing to store, nothing to
+    restore.
+    """
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def fit(
+    state: State,
+    objective: Objective,
+    data: Dataset,
+    settings: Training,
+    *,
+    seed: int,
+    failure_folder: Path,
+    on_log: Callable[[dict[str, float], int], None],
+    on_checkpoint: Callable[[State], None],
+    on_evaluate: Callable[[State], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Train from ``state.iteration`` to ``settings.steps``, calling back as it goes.
+
+    Args:
+        state: Changed in place.
+        objective: Per-sample loss.
+        data: Its training part is used.
+        settings: How to optimise.
+        seed: Seed of batches, times, noise and dropout.
+        failure_folder: Where a batch that gave NaN is saved.
+        on_log: Receives the metrics since the last call and the iteration.
+        on_checkpoint: Called every ``checkpoint_every`` iterations and at the end.
+        on_evaluate: Called every ``evaluate_every`` iterations, not at the end.
+        should_stop: Asked after each iteration; True ends training early, after a checkpoint.
+
+    Returns:
+        Whether all steps were done.
+
+    Raises:
+        RunError: When loss or gradient is not finite; before the weights are touched, after the
+            batch was saved.
+    """
+    device = next(state.model.parameters()).device
+    batches = Batches(len(data.train), settings.batch_size, seed)
+    units = data.units
+    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
+    total_loss, total_norm = torch.zeros((), device=device), torch.zeros((), device=device)
+    counted, since = 0, time.monotonic()
+    state.model.train()
+    bar = progress(range(state.iteration, settings.steps), "training")
+    for iteration in bar:
+        generator = stream(seed, "iteration", iteration)
+        torch.manual_seed(
+            int(torch.randint(2**62, (), generator=generator))
+        )  # dropout draws from the global stream
+        x0 = units.encode(data.train[batches(iteration)], generator).to(device)
+        loss = objective(state.model, x0, generator).mean()
+        state.optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        if not torch.isfinite(loss + norm):  # the one wait for the device in an iteration
+            _fail(state, x0, loss, norm, iteration, failure_folder)
+        for group in state.optimizer.param_groups:
+            group["lr"] = settings.lr_at(iteration)
+        state.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                averages, parameters, 1 - min(settings.ema, (1 + iteration) / (10 + iteration))
+            )
+        state.iteration = done = iteration + 1
+        total_loss, total_norm, counted = (
+            total_loss + loss.detach(),
+            total_norm + norm,
+            counted + 1,
+        )
+        stopping = should_stop()
+        if done % settings.log_every == 0 or done == settings.steps or stopping:
+            speed = counted * settings.batch_size / (time.monotonic() - since)
+            on_log(
+                {
+                    "train/loss": float(total_loss / counted),
+                    "train/grad_norm": float(total_norm / counted),
+                    "train/lr": settings.lr_at(iteration),
+                    "perf/images_per_s": speed,
+                },
+                done,
+            )
+            bar.note(f"loss {float(total_loss / counted):.4f}")
+            total_loss, total_norm, counted, since = (
+                0 * total_loss,
+                0 * total_norm,
+                0,
+                time.monotonic(),
+            )
+        if done % settings.checkpoint_every == 0 or done == settings.steps or stopping:
+            on_checkpoint(state)
+        if stopping and done < settings.steps:
+            return False
+        if done % settings.evaluate_every == 0 and done < settings.steps:
+            on_evaluate(state)
+            state.model.train()
+            since = time.monotonic()
+    return True
+
+
+def _fail(
+    state: State, x0: Tensor, loss: Tensor, norm: Tensor, iteration: int, folder: Path
+) -> None:
+    """Save what gave NaN, and stop before the update."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"failure-{iteration:08d}.pt"
+    torch.save(
+        {
+            "iteration": iteration,
+            "batch": x0.cpu(),
+            "loss": loss.detach().cpu(),
+            **state.state_dict(),
+        },
+        path,
+    )
+    raise RunError(
+        f"loss {float(loss):g} with gradient norm {float(norm):g} at iteration "
+        f"{iteration}; the weights are as before "
+        f"it. Batch and state are in {path}. Lower training.lr, or look at the batch "
+        "for bad samples."
+    )

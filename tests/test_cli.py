@@ -1,0 +1,412 @@
+"""The command line as a user meets it: what works, and one clear line for what does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "network.width=8",
+    "network.blocks=1",
+    "network.heads=2",
+    "training.steps=6",
+    "training.batch_size=8",
+    "training.log_every=2",
+    "training.checkpoint_every=3",
+    "training.evaluate_every=100",
+    "likelihood.max_samples=4",
+    "likelihood.rtol=1e-2",
+    "likelihood.atol=1e-2",
+    "sampler.steps=2",
+    "tracking=none",
+]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+}
+
+
+def run(*arguments, cwd, env=None, **options):
+    """`python run.py ARGUMENTS` in the directory ``cwd``."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**ENVIRONMENT, **(env or {})},
+        **options,
+    )
+
+
+def refused(result, *words):
+    """One line on stderr that says ``words``, exit code 1, no traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
+    message = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1, result.stderr
+    for word in words:
+        assert word in message[0], message[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A tiny finished run; its directory and what it printed."""
+    folder = tmp_path_factory.mktemp(
+        "trained run, ünïcode"
+    )  # spaces and Unicode in the path: fault 46
+    result = run("mode=train", *TINY, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def the_run(folder):
+    return folder / "runs" / "digits-vp-unet"
+
+
+def test_train_prints_bits_per_dim_with_its_error_and_where_to_look(trained):
+    folder, printed = trained
+    assert "± " in printed and "bits/dim" in printed
+    assert f"report: {Path('runs/digits-vp-unet/report.html')}" in printed
+    for name in (
+        "report.html",
+        "metrics.jsonl",
+        "config.yaml",
+        "likelihood.json",
+        "samples/grid-00000006.png",
+    ):
+        assert (the_run(folder) / name).is_file(), name
+    (row,) = json.loads((the_run(folder) / "likelihood.json").read_text())
+    assert (
+        row["metric"] == "bits_per_dim" and row["standard_error"] > 0 and row["num_samples"] == 4
+    )
+    assert not list(folder.glob("outputs")) and not list(folder.glob("multirun"))
+
+
+def test_into_a_pipe_there_are_no_bars_and_no_escape_codes(trained):
+    _, printed = trained
+    assert "\x1b" not in printed and "\r" not in printed
+
+
+def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
+    folder, _ = trained
+    before = (the_run(folder) / "config.yaml").read_bytes()
+    scored = run(
+        "mode=likelihood",
+        "likelihood.max_samples=5",
+        "likelihood.rtol=1e-2",
+        "likelihood.atol=1e-2",
+        cwd=folder,
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert "step-00000006.pt" in scored.stdout and "bits/dim" in scored.stdout
+    values = np.load(the_run(folder) / "likelihood-00000006.npz")
+    assert values["bits_per_dim"].shape == (5,) and np.isfinite(values["bits_per_dim"]).all()
+
+    drawn = run(
+        "mode=sample",
+        "sampler=ddim",
+        "sampler.steps=3",
+        "mode.num_samples=5",
+        "mode.batch_size=2",
+        cwd=folder,
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    samples = np.load(the_run(folder) / "samples" / "samples-00000006-ddim.npz")
+    assert samples["samples"].shape == (5, 1, 8, 8) and samples["samples"].dtype == np.uint8
+    assert int(samples["nfe"]) == 4 and len(samples["seeds"]) == 5
+    assert (the_run(folder) / "config.yaml").read_bytes() == before, (
+        "no other mode overwrites the training config"
+    )
+
+
+def test_the_network_is_rebuilt_from_the_config_stored_with_the_checkpoint(trained):
+    folder, _ = trained  # trained with width 8; the default is wider
+    result = run("mode=sample", "mode.num_samples=2", "sampler.steps=1", cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(trained):
+    folder, _ = trained
+    result = run("mode=train", *TINY, cwd=folder)
+    assert result.returncode == 0 and "already finished" in result.stdout
+
+
+def test_other_choices_in_the_same_directory_are_listed_and_refused(trained):
+    folder, _ = trained
+    refused(
+        run("mode=train", *TINY, "training.lr=0.5", cwd=folder),
+        "training.lr: 0.003 -> 0.5",
+        "run.fresh=true",
+    )
+
+
+def test_fresh_sets_the_earlier_run_aside_and_loses_nothing(tmp_path):
+    assert run("mode=train", *TINY, cwd=tmp_path).returncode == 0
+    result = run("mode=train", *TINY, "run.fresh=true", "training.lr=0.001", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    kept = list((tmp_path / "runs").glob("digits-vp-unet.before-*"))
+    assert len(kept) == 1 and (kept[0] / "checkpoints" / "step-00000006.pt").is_file()
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path, trained):
+    whole = torch.load(the_run(trained[0]) / "checkpoints" / "step-00000006.pt", weights_only=True)
+    result = run("mode=train", *TINY, "training.checkpoint_every=2", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for newest in (the_run(tmp_path) / "checkpoints").glob("step-00000006.pt*"):
+        newest.unlink()  # as after a SIGKILL between iterations 4 and 6
+    result = run("mode=train", *TINY, "training.checkpoint_every=2", cwd=tmp_path)
+    assert result.returncode == 0 and "iteration 4" in result.stdout, result.stderr + result.stdout
+    again = torch.load(the_run(tmp_path) / "checkpoints" / "step-00000006.pt", weights_only=True)
+    for part in ("model", "ema"):
+        for name, weight in whole[part].items():
+            assert bool((again[part][name] == weight).all()), name
+    rows = [
+        json.loads(line) for line in (the_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
+    ]
+    steps = [row["train/iteration"] for row in rows if "train/loss" in row]
+    assert steps == sorted(set(steps)), "no iteration twice"
+
+
+def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "run.py"),
+            *TINY,
+            "training.steps=100000",
+            "training.log_every=1",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    record = the_run(tmp_path) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not record.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, printed
+    assert list((the_run(tmp_path) / "checkpoints").glob("step-*.pt"))
+    assert json.loads((the_run(tmp_path) / "run.json").read_text())["state"] == "stopped"
+
+
+def test_a_second_trainer_on_one_directory_is_told_who_holds_it(tmp_path):
+    import fcntl
+
+    the_run(tmp_path).mkdir(parents=True)
+    with open(the_run(tmp_path) / "lock", "w") as lock:
+        lock.write("PID 4711 on somewhere since 2026-01-01 00:00:00")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused(run(*TINY, cwd=tmp_path), "locked by PID 4711 on somewhere", "run.name")
+    assert run(*TINY, cwd=tmp_path).returncode == 0, "a lock whose owner is gone is taken over"
+
+
+def test_three_runs_started_in_the_same_second_get_three_directories(tmp_path):
+    commands = [
+        [sys.executable, str(ROOT / "run.py"), f"sde={sde}", *TINY, "training.steps=2"]
+        for sde in ("vp", "ve", "edm")
+    ]
+    processes = [
+        subprocess.Popen(
+            c, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for c in commands
+    ]
+    assert [p.wait(timeout=300) for p in processes] == [0, 0, 0], [
+        p.stdout.read() for p in processes
+    ]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
+        "digits-edm-unet",
+        "digits-ve-unet",
+        "digits-vp-unet",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["sde=vpp"], ["vpp", "subvp", "ve"]),
+        (["mode=trian"], ["trian", "likelihood", "sample", "train"]),
+        (["trian.lr=1"], ["trian.lr", "did you mean training.lr?"]),
+        (["+trainng.lr=1"], ["did you mean training.lr"]),
+        (["training.lr=abc"], ["lr", "'abc'", "> 0"]),
+        (["training.lr=-1"], ["lr=-1", "> 0"]),
+        (["training.lr=nan"], ["lr=nan", "> 0"]),
+        (["training.lr=0"], ["lr=0", "> 0"]),
+        (["training.steps=1.5"], ["steps", "whole number", "1.5"]),
+        (["sde.beta_min=30"], ["0 < beta_min < beta_max", "30"]),
+        (["sde=ve", "sde.sigma_min=0"], ["sigma_min", "> 0"]),
+        (["sde.t_min=2"], ["t_min < t_max", "2"]),
+        (["sde.t_min=0"], ["t_min", "> 0"]),
+        (["training.batch_size=0"], ["batch_size", ">= 1"]),
+        (["training.batch_size=2000"], ["batch_size=2000", "1437"]),
+        (["sampler.steps=0"], ["steps", ">= 1"]),
+        (["likelihood.rtol=0"], ["rtol", "1e-12"]),
+        (["likelihood.atol=-1"], ["atol", "1e-12"]),
+        (["likelihood.atol=1e-20"], ["atol", "1e-12"]),
+        (["sampler=adaptive", "sampler.method=rk99"], ["dopri5", "rk99"]),
+        (
+            ["sampler=torchsde", "sampler.method=reversible_heun"],
+            ["reversible_heun", "unstable", "srk"],
+        ),
+        (["sampler.stesp=3"], ["did you mean sampler.steps?"]),
+        (["+sampler.gamma=3"], ["gamma"]),
+        (["sde._target_=os.system"], ["os.system", "refused"]),
+        (["sde._target_=sde_lib.validation.math.exp"], ["refused"]),
+        (["device=cuda:7"], ["cuda:7", "cpu"]),
+        (["device=tpu"], ["tpu", "cpu"]),
+        (["seed=-1"], ["seed"]),
+        (["data=arrays"], ["data.path"]),
+        (["network=mlp"], ["network=unet"]),
+        (["data=two_moons", "network=unet"], ["network=mlp"]),
+        (["sampler.grid._target_=sde_lib.grids.Subsequence"], ["Subsequence", "DiscreteSDE"]),
+        (["run.root=/proc/nowhere"], ["run.root"]),
+        (["data=mnist", "data.root=/nowhere"], ["train-images-idx3-ubyte", "data.root"]),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_1(tmp_path, arguments, words):
+    refused(run("mode=train", "tracking=none", *arguments, cwd=tmp_path), *words)
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.pt")), (
+        "nothing was started"
+    )
+
+
+def test_thousand_may_be_written_1e3(tmp_path):
+    result = run(
+        *[a for a in TINY if "training.steps" not in a], "training.steps=0.4e1", cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert (the_run(tmp_path) / "checkpoints" / "step-00000004.pt").is_file()
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "sample"])
+def test_before_any_training_the_remedy_is_named(tmp_path, mode):
+    refused(run(f"mode={mode}", cwd=tmp_path), "no checkpoint at", "mode=train", "checkpoint=PATH")
+
+
+def test_a_run_directory_that_is_a_file_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "runs").mkdir()
+    the_run(tmp_path).write_text("in the way")
+    refused(run(*TINY, cwd=tmp_path), "run directory", "run.name=NAME")
+
+
+def test_stored_config_with_a_foreign_target_is_refused_and_nothing_is_executed(trained, tmp_path):
+    source = the_run(trained[0]) / "checkpoints" / "step-00000006.pt"
+    state = torch.load(source, weights_only=True)
+    config = json.loads(state["config"])
+    config["network"] = {"_target_": "os.mkdir", "path": str(tmp_path / "marker")}
+    torch.save({**state, "config": json.dumps(config)}, tmp_path / "evil.pt")
+    refused(
+        run("mode=sample", f"checkpoint={tmp_path / 'evil.pt'}", cwd=tmp_path),
+        "network._target_=os.mkdir",
+        "refused",
+    )
+    assert not (tmp_path / "marker").exists()
+
+
+def test_help_lists_the_choices_without_importing_torch_or_making_a_directory(tmp_path):
+    result = run("--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert result.returncode == 0
+    for line in ("sde: ", "mode: likelihood, sample, train", "sampler: ", "data: ", "runs/"):
+        assert line in result.stdout, line
+    imported = {
+        line.split("|")[-1].strip() for line in result.stderr.splitlines() if "import time" in line
+    }
+    assert (
+        "hydra" in imported
+        and "torch" not in imported
+        and "matplotlib" not in imported
+        and "wandb" not in imported
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["-sc", "query=bash"]])
+def test_looking_at_the_configuration_makes_no_directory(tmp_path, flags):
+    result = run(*flags, cwd=tmp_path, env={"COMP_LINE": "run.py sde=", "COMP_POINT": "11"})
+    assert result.returncode == 0, result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_home_and_with_a_plain_locale_it_still_runs(tmp_path):
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "HOME"} | {
+        "LC_ALL": "C",
+        "NO_COLOR": "1",
+    }
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *TINY, "training.steps=2", "tracking=auto"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr.decode(errors="replace")
+
+
+def test_a_closed_stdout_does_not_end_a_run(tmp_path):
+    command = f"exec '{sys.executable}' '{ROOT / 'run.py'}' {' '.join(TINY)} >&-"
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, timeout=300
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert (the_run(tmp_path) / "report.html").is_file()
+
+
+def test_a_nan_stops_before_the_update_and_keeps_the_batch(tmp_path):
+    train = np.random.default_rng(0).standard_normal((64, 2)).astype(np.float32) * 1e30
+    train[0] = 3e38  # finite on disk; its square is not
+    np.savez(tmp_path / "big.npz", train=train, test=train[:8])
+    result = run(
+        "data=arrays",
+        f"data.path={tmp_path / 'big.npz'}",
+        "network=mlp",
+        "training=vectors",
+        "likelihood=exact",
+        "training.batch_size=64",
+        "training.lr=1e30",
+        "training.clip=1e30",
+        "training.steps=50",
+        "training.warmup=0",
+        "tracking=none",
+        cwd=tmp_path,
+    )
+    refused(result, "at iteration", "the weights are as before it", "failure-")
+    (saved,) = (tmp_path / "runs").rglob("failure-*.pt")
+    state = torch.load(saved, weights_only=True)
+    assert {"batch", "iteration", "model", "loss"} <= set(state)
+
+
+def test_two_dimensional_data_train_and_score_in_nats_from_the_command_line(tmp_path):
+    result = run(
+        "data=eight_gaussians",
+        "training.steps=4",
+        "training.batch_size=16",
+        "network.width=16",
+        "data.train_size=200",
+        "data.test_size=20",
+        "likelihood.rtol=1e-2",
+        "likelihood.atol=1e-2",
+        "sampler.steps=2",
+        "tracking=none",
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "nats" in result.stdout and "entropy of the source 2.8319" in result.stdout
+    assert list((tmp_path / "runs/eight_gaussians-vp-mlp/figures").glob("density-*.png"))

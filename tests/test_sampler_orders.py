@@ -1,0 +1,213 @@
+"""Orders of the samplers, strong and weak, and what they do exactly: no Monte Carlo."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sde_lib import SDE, VESDE, VPSDE
+from sde_lib.checks import measured_order
+from sde_lib.grids import UniformLogSNR
+from sde_lib.oracles import Gaussian, GaussianMixture
+from sde_lib.samplers import (
+    DDIM,
+    AdaptiveODE,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    FixedStepSampler,
+    Heun,
+    LangevinCorrector,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+)
+
+Make = Callable[[int], Sampler]
+
+FLOW = {
+    "ddim": DDIM,
+    "heun": Heun,
+    "euler": partial(EulerMaruyama, eta=0.0, grid=UniformLogSNR()),
+}
+STOCHASTIC = {
+    "euler_maruyama": EulerMaruyama,
+    "euler_maruyama_half": partial(EulerMaruyama, eta=0.5),
+    "reverse_diffusion": ReverseDiffusion,
+    "ancestral": Ancestral,
+    "ancestral_half": partial(Ancestral, eta=0.5),
+}
+
+
+def of(samplers: dict[str, Make]) -> pytest.MarkDecorator:
+    """Parametrize over the values of ``samplers``, named by their keys."""
+    return pytest.mark.parametrize("make", samplers.values(), ids=samplers.keys())
+
+
+@of(FLOW)
+def test_deterministic_sampler_converges_at_its_stated_order_on_a_gaussian(
+    make: Make, sde: SDE
+) -> None:
+    assert measured_order(make, sde) == pytest.approx(make(1).order, abs=0.2)
+
+
+@of(FLOW)
+def test_deterministic_sampler_converges_at_its_stated_order_on_a_mixture(
+    make: Make, sde: SDE, mixture: GaussianMixture
+) -> None:
+    score = mixture.score(sde)
+    x = sde.prior_sample((16, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = AdaptiveODE(rtol=1e-7, atol=1e-7)(score, sde, x)
+
+    coarse, fine = (float((make(n)(score, sde, x) - exact).abs().max()) for n in (128, 512))
+
+    assert math.log2(coarse / fine) / 2 == pytest.approx(make(1).order, abs=0.2)
+
+
+def zero(x: Tensor) -> Tensor:
+    """No noise."""
+    return torch.zeros_like(x)
+
+
+def gaussian_moments(sampler: FixedStepSampler, sde: SDE, data: Gaussian) -> tuple[float, float]:
+    """Exact mean and variance at t_min of a sampler started in the marginal of Gaussian data.
+
+    For such data every move is affine, x -> a x + b + c z: the moments follow without samples.
+    """
+    score = data.score(sde)
+    first = sde.level(torch.tensor(sde.t_max, dtype=torch.float64))
+    mean = first.alpha * data.mean[0]
+    variance = first.alpha**2 * data.variances[0] + first.sigma**2
+    x, z = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    for move, now, nxt in sampler.plan(sde):
+        b, ab, bc = move(score, x, now, nxt, lambda: z)
+        mean, variance = (ab - b) * mean + b, (ab - b) ** 2 * variance + (bc - b) ** 2
+    return float(mean), float(variance)
+
+
+def wanted_moments(sde: SDE, data: Gaussian) -> tuple[float, float]:
+    """Mean and variance of the marginal at t_min."""
+    last = sde.level(torch.tensor(sde.t_min, dtype=torch.float64))
+    return float(last.alpha * data.mean[0]), float(
+        last.alpha**2 * data.variances[0] + last.sigma**2
+    )
+
+
+def weak_order(make: Make, sde: SDE) -> float:
+    """Order at which mean and variance approach those of the marginal."""
+    data = Gaussian(0.5, 0.8)
+    wanted = wanted_moments(sde, data)
+    coarse, fine = (math.dist(gaussian_moments(make(n), sde, data), wanted) for n in (256, 512))
+    return math.log2(coarse / fine)
+
+
+@of(STOCHASTIC)
+def test_stochastic_sampler_is_weakly_of_order_one(make: Make, sde: SDE) -> None:
+    assert weak_order(make, sde) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize("churn", [10.0, 40.0])
+def test_churned_heun_is_weakly_of_order_two(sde: SDE, churn: float) -> None:
+    assert weak_order(partial(Heun, churn=churn), sde) == pytest.approx(2, abs=0.2)
+
+
+def test_raising_the_noise_keeps_the_marginal_exactly(sde: SDE) -> None:
+    t = torch.tensor([0.3, 0.4], dtype=torch.float64) * sde.t_max
+    now, nxt = sde.level(t).rows()
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    silent = Heun(churn=1.0).raise_noise(None, x, now, nxt, partial(zero, x))
+    loud = Heun(churn=1.0).raise_noise(None, x, now, nxt, partial(torch.ones_like, x))
+
+    gain, fresh = silent[1] - silent[0], loud[0] - silent[0]
+    assert_close(gain * now.alpha, nxt.alpha)
+    assert_close(gain**2 * now.sigma**2 + fresh**2, nxt.sigma**2)
+
+
+def test_churn_is_edms_gamma_between_its_bounds() -> None:
+    sde = VESDE()
+    plan = Heun(10, churn=5.0, churn_from=0.1, churn_to=10.0).plan(sde)
+
+    raised = [(float(now.sigma), float(nxt.sigma)) for _, now, nxt in plan if nxt.t > now.t]
+
+    inside = (Heun(10).grid(sde, 10)[:-1].apply_(lambda t: 0.01 * 5000**t) - 5.05).abs() <= 4.95
+    assert len(raised) == int(inside.sum()) > 0
+    for before, after in raised:
+        assert 0.1 <= before <= 10
+        assert after / before == pytest.approx(1 + min(5 / 10, math.sqrt(2) - 1))
+
+
+def test_a_churn_below_rounding_stays_finite(sde: SDE) -> None:
+    t = torch.linspace(sde.t_min, 0.99 * sde.t_max, 1000, dtype=torch.float64)
+    x = torch.zeros(1000)  # float32, where the variance that is added may round below 0
+    now, nxt = (sde.level(s).like(x) for s in (t, t * (1 + 1e-8)))
+
+    raised = Heun(churn=1.0).raise_noise(None, x, now, nxt, partial(torch.ones_like, x))
+
+    assert bool(torch.isfinite(raised).all())
+
+
+def test_annealed_langevin_keeps_x_over_alpha_between_levels(sde: SDE) -> None:
+    t = torch.tensor([0.9, 0.5], dtype=torch.float64) * sde.t_max
+    now, nxt = sde.level(t).rows()
+    x = torch.ones(3, dtype=torch.float64)
+
+    moved = AnnealedLangevin().step(lambda x, t: zero(x), x, now, nxt, partial(zero, x))
+
+    assert_close(moved / nxt.alpha, x / now.alpha)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        LangevinCorrector(snr=0.1),
+        AnnealedLangevin(step_size=0.02),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_langevin_step_keeps_the_noised_density_to_first_order(sampler: object, sde: SDE) -> None:
+    """On N(0, v) a step of size a = 0.02 sigma² takes v to (1 - a/v)² v + 2 a = v + a²/v."""
+    data, t = Gaussian(0.0, 0.8), torch.tensor(0.3 * sde.t_max, dtype=torch.float64)
+    level = sde.level(t)
+    v = float(0.64 * level.alpha**2 + level.sigma**2)
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+    silent = sampler.step(data.score(sde), x, level, level, partial(zero, x))
+    loud = sampler.step(data.score(sde), x, level, level, partial(torch.ones_like, x))
+
+    a = 0.02 * float(level.sigma) ** 2
+    assert float((silent[1] - silent[0]) ** 2 * v + (loud[0] - silent[0]) ** 2) == pytest.approx(
+        v + a**2 / v
+    )
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_ancestral_is_exact_for_a_point_mass_at_any_step_count(
+    sde: SDE, steps: int, eta: float
+) -> None:
+    point = Gaussian(0.7, 0.0)
+
+    got = gaussian_moments(Ancestral(steps, eta=eta), sde, point)
+    x = sde.prior_sample((5,), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x0 = Ancestral(steps, eta=eta)(point.score(sde), sde, x)
+
+    assert got == pytest.approx(wanted_moments(sde, point), rel=1e-6)
+    assert_close(x0, torch.full_like(x0, 0.7), rtol=1e-6, atol=0)
+
+
+def test_corrector_improves_on_its_predictor() -> None:
+    data, sde = Gaussian(0.5, 0.8), VPSDE()
+    variance = wanted_moments(sde, data)[1]
+    grid = UniformLogSNR()
+
+    alone = gaussian_moments(ReverseDiffusion(50, grid=grid), sde, data)[1]
+    corrected = gaussian_moments(PredictorCorrector(50, grid=grid, corrections=3), sde, data)[1]
+
+    assert abs(corrected - variance) < abs(alone - variance)

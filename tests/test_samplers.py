@@ -1,0 +1,339 @@
+"""Samplers: orders, exactness, moments, seeds and costs, each against a closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from sde_lib import SDE, VESDE, VPSDE, Counted, DiscreteSDE, PerSample
+from sde_lib.checks import check_sampler
+from sde_lib.grids import Subsequence, UniformLogSNR, UniformTime
+from sde_lib.oracles import GaussianMixture
+from sde_lib.samplers import (
+    DDIM,
+    AdaptiveODE,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    Heun,
+    LangevinCorrector,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    SamplingError,
+    TorchSDE,
+)
+from sde_lib.sde import Level
+
+Make = Callable[[int], Sampler]
+SeededGenerator = Callable[[int], torch.Generator]
+
+FLOW = {
+    "ddim": DDIM,
+    "heun": Heun,
+    "euler": partial(EulerMaruyama, eta=0.0, grid=UniformLogSNR()),
+}
+STOCHASTIC = {
+    "euler_maruyama": EulerMaruyama,
+    "reverse_diffusion": ReverseDiffusion,
+    "ancestral": Ancestral,
+    "ancestral_half": partial(Ancestral, eta=0.5),
+    "heun_churn": partial(Heun, churn=20.0),
+    "predictor_corrector": PredictorCorrector,
+    "torchsde": TorchSDE,
+}
+LANGEVIN = {"annealed_langevin": partial(AnnealedLangevin, inner_steps=10, step_size=0.2)}
+ADAPTIVE = {"adaptive": lambda steps: AdaptiveODE()}
+BY_STEPS = FLOW | STOCHASTIC | LANGEVIN
+
+
+def of(samplers: dict[str, Make], name: str = "make") -> pytest.MarkDecorator:
+    """Parametrize over the values of ``samplers``, named by their keys."""
+    return pytest.mark.parametrize(name, samplers.values(), ids=samplers.keys())
+
+
+@of({k: m for k, m in (FLOW | STOCHASTIC).items() if k != "euler"})
+def test_every_sampler_conforms_on_every_process(make: Make, sde: SDE) -> None:
+    check_sampler(make, sde, steps=100, bias=0.1)
+
+
+def test_euler_on_the_flow_conforms_on_every_process(sde: SDE) -> None:
+    check_sampler(
+        FLOW["euler"], sde, steps=400, bias=0.12
+    )  # in t, the geometric sigma of VE costs it
+
+
+def test_annealed_langevin_conforms_on_every_process(sde: SDE) -> None:
+    # frozen in: 1 / (10 inner steps * 0.2 * 5.5 levels a factor e of rho), 9 % on sub-VP
+    check_sampler(LANGEVIN["annealed_langevin"], sde, steps=100, bias=0.15)
+
+
+def test_adaptive_solver_conforms_on_every_process(sde: SDE) -> None:
+    check_sampler(ADAPTIVE["adaptive"], sde, bias=0.01, batch_tolerance=5e-3)
+
+
+def test_annealed_langevin_finds_both_modes_of_a_mixture(
+    mixture: GaussianMixture, seeded: SeededGenerator, assert_moments: Callable[..., None]
+) -> None:
+    sde, generator = VESDE(), seeded(0)
+    x = sde.prior_sample((4000, 2), generator=generator)
+
+    x0 = AnnealedLangevin(100, inner_steps=20, step_size=0.1)(
+        mixture.score(sde), sde, x, generator=generator
+    )
+
+    assert_moments(
+        x0, mixture.mean(), mixture.variance(), bias=0.08
+    )  # 1 / (20 * 0.1 * 12), and half a step
+
+
+@of(FLOW | STOCHASTIC | ADAPTIVE)
+def test_sampler_finds_both_modes_of_a_mixture(
+    make: Make,
+    mixture: GaussianMixture,
+    seeded: SeededGenerator,
+    assert_moments: Callable[..., None],
+) -> None:
+    sde, generator = VPSDE(), seeded(0)
+    x = sde.prior_sample((4000, 2), generator=generator)
+
+    x0 = make(100)(mixture.score(sde), sde, x, generator=generator)
+
+    assert_moments(x0, mixture.mean(), mixture.variance(), bias=0.04)
+    share = float(
+        (x0[:, 0] > 0).double().mean()
+    )  # of the right mode; the tails beyond 0 hold 1e-3
+    assert abs(share - 0.7) < 5 * math.sqrt(0.21 / 4000) + 0.02
+
+
+def zero(x: Tensor) -> Tensor:
+    """No noise."""
+    return torch.zeros_like(x)
+
+
+def test_ancestral_on_a_ddpm_grid_draws_the_posterior_of_the_betas() -> None:
+    """Ho et al. 2020, eq. 7, from the betas alone."""
+    betas = torch.linspace(1e-4, 0.02, 100, dtype=torch.float64)
+    sde = DiscreteSDE.from_betas(betas)
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    x, x0_hat = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    plan = Ancestral(99, grid=Subsequence(UniformTime())).plan(sde)
+
+    assert len(plan) == 99
+    for i, (move, now, nxt) in zip(range(99, 0, -1), plan, strict=True):  # level i + 1 -> level i
+
+        def score(x: Tensor, t: Tensor, now: Level = now) -> Tensor:
+            return (now.alpha * x0_hat - x) / now.sigma**2
+
+        mean = move(score, x, now, nxt, partial(zero, x))
+        fresh = move(score, x, now, nxt, partial(torch.ones_like, x)) - mean
+        rest, before = 1 - alpha_bar[i], 1 - alpha_bar[i - 1]
+        wanted = (
+            alpha_bar[i - 1].sqrt() * betas[i] / rest * x0_hat
+            + (1 - betas[i]).sqrt() * before / rest * x
+        )
+        assert_close(mean, wanted, rtol=1e-7, atol=1e-9)
+        assert_close(fresh, (before / rest * betas[i]).sqrt().expand(6), rtol=1e-7, atol=1e-9)
+
+
+def test_ancestral_of_eta_zero_is_ddim(sde: SDE, mixture: GaussianMixture) -> None:
+    x = sde.prior_sample((16, 2), generator=torch.Generator().manual_seed(0))
+
+    ddim = DDIM(20)(mixture.score(sde), sde, x)
+
+    assert torch.equal(Ancestral(20, eta=0.0)(mixture.score(sde), sde, x), ddim)
+    assert DDIM(20).stochastic is False
+
+
+def test_ddim_is_euler_in_the_noise_ratio(sde: SDE, mixture: GaussianMixture) -> None:
+    score, t = mixture.score(sde), torch.tensor([0.5, 0.4], dtype=torch.float64) * sde.t_max
+    now, nxt = sde.level(t).rows()
+    x = torch.linspace(-2, 2, 8, dtype=torch.float64).reshape(4, 2)
+
+    eps_hat = -now.sigma * score(x, now.t)
+    wanted = nxt.alpha * (
+        x / now.alpha + (nxt.sigma / nxt.alpha - now.sigma / now.alpha) * eps_hat
+    )
+
+    assert_close(DDIM().step(score, x, now, nxt, None), wanted)
+
+
+@of(FLOW)
+def test_a_deterministic_sampler_draws_no_noise(make: Make, mixture: GaussianMixture) -> None:
+    sde = VPSDE()
+    x = sde.prior_sample((8, 2), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+
+    first, second = (make(10)(mixture.score(sde), sde, x, generator=g) for g in (generator, None))
+
+    assert torch.equal(first, second)
+    assert torch.equal(generator.get_state(), before)
+    assert make(10).stochastic is False
+
+
+def test_corrections_of_zero_leave_the_predictor_alone(
+    mixture: GaussianMixture, seeded: SeededGenerator
+) -> None:
+    sde = VPSDE()
+    x, score = sde.prior_sample((8, 2), generator=seeded(0)), mixture.score(sde)
+
+    corrected = PredictorCorrector(20, corrections=0)(score, sde, x, generator=seeded(1))
+
+    assert torch.equal(corrected, ReverseDiffusion(20)(score, sde, x, generator=seeded(1)))
+
+
+@of(FLOW | STOCHASTIC | LANGEVIN)
+def test_sample_i_is_the_same_alone_and_in_a_batch_of_7_and_of_64(
+    make: Make, mixture: GaussianMixture
+) -> None:
+    sde, results = VPSDE(), []
+    for batch in (64, 7, 1):
+        seeds = PerSample(range(batch))
+        x = sde.prior_sample((batch, 2), generator=seeds)
+        results.append(make(10)(mixture.score(sde), sde, x, generator=seeds))
+
+    assert torch.equal(results[1], results[0][:7])
+    assert torch.equal(results[2], results[0][:1])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "nfe"),
+    [
+        (EulerMaruyama(10), 11),
+        (ReverseDiffusion(10), 11),
+        (Ancestral(10), 11),
+        (DDIM(10), 11),
+        (Heun(10), 21),
+        (Heun(10, churn=5.0), 21),
+        (Heun(10, denoise=False), 20),
+        (PredictorCorrector(10), 21),
+        (PredictorCorrector(10, corrections=3), 41),
+        (PredictorCorrector(10, predictor=Heun()), 31),
+        (AnnealedLangevin(10, inner_steps=5), 51),
+        (TorchSDE(10), 12),
+        (TorchSDE(10, method="heun"), 22),
+        (TorchSDE(10, denoise=False), 11),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Sampler) else str(value),
+)
+def test_network_evaluations_are_what_the_docstring_says(
+    sampler: Sampler, nfe: int, mixture: GaussianMixture, seeded: SeededGenerator
+) -> None:
+    sde, score = VPSDE(), Counted(mixture.score(VPSDE()))
+
+    sampler(score, sde, sde.prior_sample((4, 2), generator=seeded(0)), generator=seeded(1))
+
+    assert score.nfe == nfe
+
+
+@of(BY_STEPS | ADAPTIVE)
+def test_trajectory_runs_from_t_max_to_t_min_and_ends_in_the_result(
+    make: Make, mixture: GaussianMixture, seeded: SeededGenerator
+) -> None:
+    sde = VPSDE()
+    x, score = sde.prior_sample((4, 2), generator=seeded(0)), mixture.score(sde)
+
+    with torch.no_grad():
+        times, states = zip(*make(10).trajectory(score, sde, x, generator=seeded(1)), strict=True)
+
+    assert times[0] == sde.t_max
+    assert times[-1] == pytest.approx(sde.t_min, rel=1e-6)
+    assert torch.equal(states[0], x)
+    assert torch.equal(states[-1], make(10)(score, sde, x, generator=seeded(1)))
+
+
+def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMixture) -> None:
+    x = sde.prior_sample((4, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    raw, clean = (DDIM(10, denoise=choice)(mixture.score(sde), sde, x) for choice in (False, True))
+    last = sde.level(torch.tensor(sde.t_min, dtype=torch.float64))
+
+    assert_close(clean, last.denoised(raw, mixture.score(sde)(raw, last.t)))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Heun(steps=0), "Heun needs steps to be a whole number >= 1; got steps=0"),
+        (
+            lambda: Ancestral(steps=2.5),
+            "Ancestral needs steps to be a whole number >= 1; got steps=2.5",
+        ),
+        (lambda: TorchSDE(steps=-3), "TorchSDE needs steps to be a whole number >= 1"),
+        (
+            lambda: Ancestral(eta=1.1),
+            "Ancestral needs eta to be a finite number >= 0 and <= 1; got eta=1.1",
+        ),
+        (lambda: DDIM(eta=-0.1), "DDIM needs eta"),
+        (lambda: EulerMaruyama(eta=-1.0), "EulerMaruyama needs eta to be a finite number >= 0"),
+        (lambda: Heun(churn=-1.0), "Heun needs churn to be a finite number >= 0"),
+        (
+            lambda: LangevinCorrector(snr=0.0),
+            "LangevinCorrector needs snr to be a finite number > 0 and < 0.7",
+        ),
+        (lambda: AnnealedLangevin(step_size=2.0), "step_size to be a finite number > 0 and < 2"),
+        (lambda: AnnealedLangevin(inner_steps=0), "inner_steps to be a whole number >= 1"),
+        (lambda: PredictorCorrector(corrections=-1), "corrections to be a whole number >= 0"),
+        (
+            lambda: AdaptiveODE(rtol=0.0),
+            "AdaptiveODE needs rtol to be a finite number >= 1e-12 and < 1; got rtol=0",
+        ),
+        (lambda: AdaptiveODE(atol=-1e-5), "AdaptiveODE needs atol to be"),
+        (lambda: AdaptiveODE(rtol=1e-20), "AdaptiveODE needs rtol to be"),
+        (
+            lambda: AdaptiveODE(method="rk45"),
+            "method to be one of adaptive_heun, bosh3, dopri5, .*got method='rk45'",
+        ),
+        (
+            lambda: TorchSDE(method="rk4"),
+            "TorchSDE needs method to be one of euler, .*; got method='rk4'",
+        ),
+        (lambda: TorchSDE(eta=0.0), "TorchSDE needs eta to be a finite number > 0"),
+    ],
+)
+def test_impossible_samplers_are_refused_with_the_reason(
+    build: Callable[[], Sampler], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_step_counts_may_be_written_as_people_write_them() -> None:
+    assert Heun(steps=1e2).steps == 100
+
+
+@of({k: BY_STEPS[k] for k in ("heun", "ancestral", "torchsde")} | ADAPTIVE)
+def test_a_score_of_nan_ends_in_a_sentence(make: Make) -> None:
+    x = torch.ones(2, 2)
+
+    with pytest.raises(SamplingError, match="NaN"):
+        make(5)(lambda x, t: x * math.nan, VPSDE(), x)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here: the loop's waits cannot be seen"
+)
+@of({k: m for k, m in BY_STEPS.items() if k != "torchsde"})
+def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make) -> None:
+    device = torch.device("cuda")
+    sde, generator = VPSDE(), torch.Generator(device).manual_seed(0)
+    x = sde.prior_sample((64, 8), generator=generator, device=device)
+    moves = make(20).trajectory(lambda x, t: -x, sde, x, generator=generator)  # unit-variance data
+    next(moves)  # the levels have moved to the device
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.no_grad():
+            for _, x in moves:  # noqa: B007, B020
+                pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    assert bool(torch.isfinite(x).all())

@@ -1,22 +1,19 @@
-"""Entry point: `python run.py sde=vp mode=train`, `python run.py mode=likelihood`; `--help` lists
-the choices.
-"""
+"""Entry point: `python run.py sde=vp mode=train`, `mode=likelihood`; `--help` lists choices."""
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# spinning threads wait for a busy neighbour at several times the cost; on an idle machine sleeping
-# ones cost a third
+# spinning threads wait for a busy neighbour at several times the cost; idle, sleeping costs more
 if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import hydra  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 from hydra.errors import HydraException, InstantiationException  # noqa: E402
-from omegaconf import DictConfig, OmegaConf, open_dict  # noqa: E402
+from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -24,9 +21,7 @@ OVERRIDES = [a for a in sys.argv[1:] if not a.startswith("-")]
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """The object that a configuration node names; its constructor's complaint is passed on as it
-    is.
-    """
+    """The object that a configuration node names; its constructor's complaint passes as it is."""
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
@@ -35,28 +30,24 @@ def instantiate(node: Mapping[str, Any]) -> Any:  # noqa: ANN401
         raise ValueError(f"{where}{cause}") from error
 
 
-def known_keys() -> list[str]:
-    """Every key that can be set under the chosen groups, and the groups."""
-    from experiment.config import walk
-
-    groups = [p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra"]
-    chosen = [o for o in OVERRIDES if o.split("=")[0] in groups]
-    config = hydra.compose("config", chosen)
-    with open_dict(config):
-        return [*groups, *(key for key, _ in walk(OmegaConf.to_container(config)))]
+def compose(overrides: list[str]) -> dict[str, Any]:
+    """The configuration as plain dicts, nothing resolved."""
+    return OmegaConf.to_container(hydra.compose("config", overrides))
 
 
 def check_command_line() -> None:
     """Compose once before hydra does, so that a wrong choice or a typo is told in one line."""
-    from experiment.config import check_added, explain
+    from experiment.config import check_added, choices, explain, walk
 
+    groups = choices(CONF)
+    valid = [o for o in OVERRIDES if o.partition("=")[2] in groups.get(o.partition("=")[0], ())]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        known = [*groups, *(key for key, _ in walk(compose(valid)))]
         try:
-            hydra.compose("config", OVERRIDES)
-            if any(o.startswith("+") for o in OVERRIDES):
-                check_added(OVERRIDES, known_keys())
+            compose(OVERRIDES)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(str(error), OVERRIDES, known_keys())) from error
+            raise ValueError(explain(str(error), OVERRIDES, known)) from error
+        check_added(OVERRIDES, known)
     GlobalHydra.instance().clear()
 
 
@@ -65,10 +56,11 @@ def main(config: DictConfig) -> None:
     """Compose, build, run one mode."""
     from experiment.run import Run
 
-    report_errors(lambda: Run(OmegaConf.to_container(config, resolve=True), instantiate).go())
+    container = OmegaConf.to_container(config, resolve=True)
+    report_errors(lambda: Run(container, instantiate).go())
 
 
-def report_errors(action: Any) -> None:  # noqa: ANN401
+def report_errors(action: Callable[[], None]) -> None:
     """Run ``action``; tell what the user can mend in one line, the rest with a traceback."""
     from experiment.errors import RunError
 

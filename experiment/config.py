@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from experiment.errors import RunError
@@ -34,17 +35,23 @@ def check_targets(config: Mapping[str, Any], source: str) -> None:
     """Refuse every ``_target_`` outside this project's rooms and the packages the user allows.
 
     A configuration names classes, and a stored one travels with its checkpoint: without this,
-    opening a stranger's checkpoint would call whatever function it names.
+    opening a stranger's checkpoint would call whatever function it names. Text that would still be
+    interpolated is refused too: it could become a target, or a whole node, after this check.
 
     Args:
         config: Composed or stored configuration.
         source: Where it comes from, for the message.
 
     Raises:
-        RunError: Naming key and target; nothing has been imported or called then.
+        RunError: Naming key and value; nothing has been called then.
     """
     own = [name.strip() for name in os.environ.get(ALLOW_VARIABLE, "").split(",") if name.strip()]
     for key, value in walk(config):
+        if isinstance(value, str) and "${" in value:
+            raise RunError(
+                f"{source}: {key}={value} would be interpolated when it is built; refused. "
+                "Write out what it stands for."
+            )
         if key.split(".")[-1] != "_target_":
             continue
         room = str(value).split(".")[0]
@@ -73,9 +80,9 @@ def _defined_in(target: str, room: str) -> bool:
         if not found.__name__.split(".")[0] == room:
             return False
         for name in names[split:]:
-            found = getattr(found, name, None)
-            if found is None:
+            if not hasattr(found, name):
                 return True  # a misspelt name in our own room: building it says so
+            found = getattr(found, name)
         return (getattr(found, "__module__", None) or "").split(".")[0] == room
     return True
 
@@ -135,6 +142,12 @@ def differences(
     ]
 
 
+def choices(folder: Path) -> dict[str, list[str]]:
+    """The groups of a configuration folder and what can be chosen in each, sorted."""
+    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra")
+    return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
+
+
 def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str:
     """A composition error in one line, with the key that was probably meant.
 
@@ -143,6 +156,17 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
         overrides: The overrides given.
         known: Keys and groups that exist.
     """
+    absent = re.search(
+        r"Could not find '([^/']+)/([^']*)'\s+Available options in [^:]*:(.*?)Config",
+        message,
+        re.S,
+    )
+    if absent:
+        group, choice, options = absent.groups()
+        return f"unknown {group}={choice}; choose one of {', '.join(options.split())}."
+    if "override_grammar" in message or "Config group override must" in message:
+        given = " ".join(message.partition("See http")[0].split())
+        return f"cannot read an override ({given}); write key=value, no spaces around the =."
     unknown = re.search(
         r"Key '([^']+)' is not in struct|Could not (?:override|append) '([^']+)'", message
     )

@@ -17,6 +17,7 @@ from experiment.progress import progress
 from likelihood import Divergence, log_likelihood
 from score_models import ScoreModel
 from sde_lib import PerSample, probability_flow, validation
+from sde_lib.samplers.adaptive import check_solver
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Likelihood:
     max_evaluations: int = 10_000
 
     def __post_init__(self) -> None:
+        check_solver("likelihood", self.rtol, self.atol, self.method)
         for name in ("batch_size", "draws", "max_evaluations"):
             object.__setattr__(
                 self, name, validation.count("likelihood", name, getattr(self, name))

@@ -39,6 +39,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
     run, model, path, iteration = run.trained()
+    sampler.check(model.sde)
     began = time.monotonic()
     seeds = [(run.seed << 40) + i for i in range(num_samples)]
     parts, states, nfe = [], [], 0

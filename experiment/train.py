@@ -39,7 +39,9 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     data: Dataset = run.build("data")
     run = run.measured(data)
     objective = run.build("objective")
-    state = State.fresh(_seeded(run), settings)
+    model = _seeded(run)
+    sampler.check(model.sde)
+    state = State.fresh(model, settings)
     tracker = Safe(run.build("tracking"))
     if run.config["run"]["fresh"]:
         run.set_aside()

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from likelihood.divergence import Divergence, Exact, Hutchinson
-from sde_lib import validation
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow
-from sde_lib.samplers.adaptive import ADAPTIVE_METHODS, check_tolerances, integrate
+from sde_lib.samplers.adaptive import check_solver, integrate
 from sde_lib.sde import Level
 
 
@@ -156,5 +155,4 @@ def _check(x: Tensor, rtol: float, atol: float, method: str) -> None:
             f"got shape {tuple(x.shape)}, "
             f"{x.dtype}{'' if torch.isfinite(x).all() else ', with NaN or infinity'}."
         )
-    check_tolerances("log_likelihood", rtol, atol)
-    validation.choice("log_likelihood", "method", method, ADAPTIVE_METHODS)
+    check_solver("log_likelihood", rtol, atol, method)

@@ -212,7 +212,7 @@ def test_an_offline_run_holds_every_number_and_picture(
     assert [{key: item[key] for key in item if "/" in key} for item in history[:3]] == [
         {**values, "train/iteration": iteration} for iteration, values in rows.items()
     ]
-    assert history[3]["samples/grid"]["_type"] == "image-file"
+    assert history[3]["samples/grid._type"] == "image-file"
     assert len(list(run_dir.glob("wandb/offline-run-*/files/media/images/samples/*.png"))) == 1
     (begun,) = [record["run"] for record in records if record["type"] == "run"]
     assert begun["run_id"] == (run_dir / "wandb-id").read_text().strip()

@@ -91,12 +91,11 @@ def integrate(
         ) from error
 
 
-def check_tolerances(owner: str, rtol: float, atol: float) -> None:
-    """Refuse tolerances outside what float32 can hold; double precision does not need them
-    finer.
-    """
+def check_solver(owner: str, rtol: float, atol: float, method: str) -> None:
+    """Refuse an unknown method, and tolerances below what float64 can tell apart."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         validation.real(owner, name, value, at_least=1e-12, below=1)
+    validation.choice(owner, "method", method, ADAPTIVE_METHODS)
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,7 @@ class AdaptiveODE(Sampler):
     stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_tolerances("AdaptiveODE", self.rtol, self.atol)
-        validation.choice("AdaptiveODE", "method", self.method, ADAPTIVE_METHODS)
+        check_solver("AdaptiveODE", self.rtol, self.atol, self.method)
         validation.count("AdaptiveODE", "max_evaluations", self.max_evaluations)
 
     def trajectory(

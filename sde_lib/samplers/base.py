@@ -34,6 +34,13 @@ class Sampler(ABC):
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
 
+    def check(self, sde: SDE) -> None:  # noqa: B027
+        """Refuse a process that this sampler cannot work on, before anything is computed.
+
+        Raises:
+            ValueError: Naming what refuses and what to use instead.
+        """
+
     @torch.no_grad()
     def __call__(
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
@@ -91,6 +98,10 @@ class FixedStepSampler(Sampler):
     def __post_init__(self) -> None:
         steps = validation.count(type(self).__name__, "steps", self.steps)
         object.__setattr__(self, "steps", steps)
+
+    def check(self, sde: SDE) -> None:
+        """Lay out the plan once: a grid that does not fit the process says so."""
+        self.plan(sde)
 
     @abstractmethod
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:

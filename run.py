@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-# spinning threads wait for a busy neighbour at several times the cost; idle, sleeping costs more
-if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from experiment.start import before_the_slow_imports
+
+CONF = Path(__file__).resolve().parent / "conf"
+OVERRIDES = [a for a in sys.argv[1:] if not a.startswith("-")]
+
+if __name__ == "__main__":
+    before_the_slow_imports(CONF)
 
 import hydra  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
@@ -16,18 +20,15 @@ from hydra.errors import HydraException, InstantiationException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
-CONF = Path(__file__).resolve().parent / "conf"
-OVERRIDES = [a for a in sys.argv[1:] if not a.startswith("-")]
-
 
 def instantiate(node: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """The object that a configuration node names; its constructor's complaint passes as it is."""
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
-        cause = error.__cause__ or error
-        where = "" if isinstance(cause, ValueError) else f"{node.get('_target_')}: "
-        raise ValueError(f"{where}{cause}") from error
+        if isinstance(error.__cause__, ValueError | OSError | ImportError | RuntimeError):
+            raise error.__cause__ from None
+        raise ValueError(f"{node.get('_target_')}: {error.__cause__ or error}") from error
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -56,20 +57,19 @@ def main(config: DictConfig) -> None:
     """Compose, build, run one mode."""
     from experiment.run import Run
 
-    container = OmegaConf.to_container(config, resolve=True)
-    report_errors(lambda: Run(container, instantiate).go())
+    report_errors(lambda: Run(OmegaConf.to_container(config, resolve=True), instantiate).go())
 
 
 def report_errors(action: Callable[[], None]) -> None:
     """Run ``action``; tell what the user can mend in one line, the rest with a traceback."""
-    from experiment.errors import RunError
+    from experiment.errors import RunError, one_line
 
     try:
         action()
     except (RunError, ValueError, OSError, ImportError) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def differences(
 
 def choices(folder: Path) -> dict[str, list[str]]:
     """The groups of a configuration folder and what can be chosen in each, sorted."""
-    groups = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "hydra")
+    groups = sorted(path for path in folder.iterdir() if path.is_dir())
     return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
 
 

@@ -1,5 +1,18 @@
 """What goes wrong at run time through no bug of ours: told in one line, without a traceback."""
 
+EXTRAS = {"torchdiffeq": "solvers", "torchsde": "solvers", "wandb": "wandb"}  # all others: run
+
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message says what, where, and what to do."""
+
+
+def one_line(error: Exception) -> str:
+    """What to tell the user of ``error``; a package that is missing comes with its extra."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        extra = EXTRAS.get(package, "run")
+        return (
+            f"this needs the package {package}: pip install 'score-sde[{extra}]', or ./dev setup"
+        )
+    return str(error)

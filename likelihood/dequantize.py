@@ -47,7 +47,9 @@ class UniformDequantization:
 
     def encode(self, values: Tensor, generator: Generator = None) -> Tensor:
         """Levels [B, ...] as float32 points, each uniform in its bin."""
-        u = rand(values.shape, generator, device=values.device)
+        # off the edges by a few units of rounding: v + u must not round into the next bin
+        edge = 4 * self.levels * torch.finfo(torch.float32).eps
+        u = rand(values.shape, generator, device=values.device).clamp(edge, 1 - edge)
         return self.low + self.bin_width * (values.float() + u)
 
     def decode(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Collection
 
@@ -73,3 +74,13 @@ def choice(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
             f"{name}={value!r}."
         )
     return value
+
+
+def installed(package: str) -> None:
+    """Refuse at the door, not after hours, when an optional package will be needed.
+
+    Raises:
+        ModuleNotFoundError: Naming the package and how to get it.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(f"{package} is needed: `pip install {package}`.", name=package)

@@ -138,3 +138,14 @@ def test_standardization_of_images_is_one_number_a_channel():
         atol=1e-4,
         rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256, 4096])
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24], ids=["first", "last"])
+def test_dequantized_data_stay_in_their_bin_at_both_ends_of_the_noise(monkeypatch, levels, u):
+    monkeypatch.setattr(
+        "likelihood.dequantize.rand", lambda shape, *_, **__: torch.full(tuple(shape), u)
+    )
+    units = UniformDequantization(levels)
+    values = torch.arange(levels)[:, None]
+    assert torch.equal(units.decode(units.encode(values)).long(), values)

@@ -321,21 +321,27 @@ def test_stored_config_with_a_foreign_target_is_refused_and_nothing_is_executed(
     assert not (tmp_path / "marker").exists()
 
 
-def test_help_lists_the_choices_without_importing_torch_or_making_a_directory(tmp_path):
+def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hydra(tmp_path):
     result = run("--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0
-    for line in ("sde: ", "mode: likelihood, sample, train", "sampler: ", "data: ", "runs/"):
-        assert line in result.stdout, line
-    imported = {
-        line.split("|")[-1].strip() for line in result.stderr.splitlines() if "import time" in line
-    }
-    assert (
-        "hydra" in imported
-        and "torch" not in imported
-        and "matplotlib" not in imported
-        and "wandb" not in imported
-    )
+    lines = {line.strip().lstrip("*") for line in result.stdout.splitlines()}
+    for file in (ROOT / "conf").glob("*/*.yaml"):
+        first = next(f for f in file.read_text().splitlines() if not f.startswith("# @package"))
+        assert f"{file.stem:<20}{first[2:]}" in lines
+    stars = [line for line in result.stdout.splitlines() if line.startswith(" *")]
+    assert " *vp " in "\n".join(stars) and " *digits " in "\n".join(stars) and len(stars) == 10
+    timed = (line for line in result.stderr.splitlines() if "import time" in line)
+    imported = {line.split("|")[-1].strip() for line in timed}
+    assert "pathlib" in imported
+    assert not imported & {"torch", "hydra", "omegaconf", "matplotlib", "wandb"}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_named_with_its_extra_before_anything_starts(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torchdiffeq'] = None")
+    result = run(*TINY, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    refused(result, "torchdiffeq", "score-sde[solvers]")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["-sc", "query=bash"]])

@@ -92,7 +92,8 @@ def integrate(
 
 
 def check_solver(owner: str, rtol: float, atol: float, method: str) -> None:
-    """Refuse an unknown method, and tolerances below what float64 can tell apart."""
+    """Refuse an unknown method, tolerances below what float64 can tell apart, no torchdiffeq."""
+    validation.installed("torchdiffeq")
     for name, value in (("rtol", rtol), ("atol", atol)):
         validation.real(owner, name, value, at_least=1e-12, below=1)
     validation.choice(owner, "method", method, ADAPTIVE_METHODS)

@@ -127,8 +127,8 @@ class AnnealedLangevin(FixedStepSampler):
 
     steps: int = 100
     grid: Grid = field(default_factory=UniformLogSNR)
-    inner_steps: int = 5
-    step_size: float = 0.1
+    inner_steps: int = 10
+    step_size: float = 0.2
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

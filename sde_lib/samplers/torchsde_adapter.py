@@ -53,6 +53,7 @@ class TorchSDE(Sampler):
     denoise: bool = True
 
     def __post_init__(self) -> None:
+        validation.installed("torchsde")
         object.__setattr__(self, "steps", validation.count("TorchSDE", "steps", self.steps))
         validation.real("TorchSDE", "eta", self.eta, above=0)
         if self.method == "reversible_heun":

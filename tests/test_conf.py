@@ -1,0 +1,251 @@
+"""Conformance: everything that ``conf/`` names is built and passes the checks of its kind."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import run
+from experiment.config import check_targets, choices, fill_measured
+from experiment.data import Dataset
+from experiment.evaluation import evaluate
+from experiment.training import Batches
+from score_models import EDM, ScoreModel, UniformTimes
+from sde_lib import VPSDE
+from sde_lib.checks import check_sampler, check_sde
+from sde_lib.oracles import Gaussian
+from sde_lib.sde import expand_like
+
+GROUPS = choices(run.CONF)
+EVERYTHING = [(group, choice) for group in GROUPS for choice in GROUPS[group]]
+DOCS = sorted((run.CONF.parent / "docs").glob("*.md"))
+STD = 0.6
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """The configuration with these choices, what the data decide filled in."""
+    with hydra.initialize_config_dir(str(run.CONF), version_base="1.3"):
+        return fill_measured(run.compose(list(overrides)), data_std=STD)
+
+
+class ExactOutput(nn.Module):
+    """What a perfect network returns under ``parameterization`` for data N(0, STD²)."""
+
+    def __init__(self, parameterization: Any) -> None:
+        super().__init__()
+        self.parameterization = parameterization
+        self.weight = nn.Parameter(torch.zeros(()))  # evaluate() asks a model for its device
+
+    def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
+        p, rho = self.parameterization, noise_level.double().exp()
+        scalars = (rho, p.input(rho), p.skip(rho), p.out(rho))
+        rho, c_in, c_skip, c_out = (expand_like(c, x) for c in scalars)
+        y = x / c_in
+        return ((STD**2 / (STD**2 + rho**2) - c_skip) * y / c_out).to(x.dtype) + self.weight
+
+
+def exact_model(sde: Any, parameterization: Any = None) -> ScoreModel:
+    parameterization = parameterization or EDM(STD)
+    return ScoreModel(ExactOutput(parameterization), sde, parameterization)
+
+
+def check_process(node: dict[str, Any], tmp_path: Path) -> None:
+    check_sde(run.instantiate(node), prior_bound=2e-4)
+
+
+def check_sampling(node: dict[str, Any], tmp_path: Path) -> None:
+    def make(steps: int) -> Any:
+        return run.instantiate(node | ({"steps": steps} if "steps" in node else {}))
+
+    adaptive = "steps" not in node
+    check_sampler(make, VPSDE(), bias=0.06, batch_tolerance=1e-2 if adaptive else 0.0)
+
+
+def check_network(node: dict[str, Any], tmp_path: Path) -> None:
+    shape = (3,) if node["_target_"].endswith("MLP") else (2, 9, 12)
+    network = run.instantiate(node | {"shape": shape}).eval()
+    x, levels = torch.randn(2, *shape), torch.tensor([-2.0, 1.0])
+    assert torch.equal(network(x, levels), torch.zeros_like(x)), "starts at the mean of the data"
+    torch.manual_seed(0)
+    for weight in network.parameters():
+        nn.init.normal_(weight, std=max(weight[0].numel(), 4) ** -0.5)
+    alone = torch.cat([network(x[i : i + 1], levels[i : i + 1]) for i in range(2)])
+    assert_close(network(x, levels), alone, msg="a sample depends on its batch mates")
+    assert not torch.allclose(network(x, levels), network(x, levels + 1)), (
+        "the noise level is lost"
+    )
+    _, slope = torch.func.jvp(lambda x: network(x, levels), (x,), (torch.ones_like(x),))
+    assert bool(slope.isfinite().all())
+
+
+def check_parameterization(node: dict[str, Any], tmp_path: Path) -> None:
+    sde = VPSDE()
+    model = exact_model(sde, run.instantiate(node)).double()
+    data, t = Gaussian(torch.zeros(3), STD), torch.tensor([1e-3, 0.2, 0.9], dtype=torch.float64)
+    x = data.sample(3, sde=sde, t=t, generator=torch.Generator().manual_seed(0)).double()
+    assert_close(model.score(x, t), data.score(sde)(x, t), rtol=1e-6, atol=1e-9)
+    level = sde.level(t)
+    assert_close(model.denoised(x, t), level.denoised(x, data.score(sde)(x, t)))
+
+
+def check_objective(node: dict[str, Any], tmp_path: Path) -> None:
+    """The mean loss of the exact score is the floor, integrated over t by quadrature."""
+    objective, sde, n = run.instantiate(node), VPSDE(), 20_000
+    generator = torch.Generator().manual_seed(0)
+    x0 = STD * torch.randn(n, 4, generator=generator)
+    loss = objective(exact_model(sde), x0, generator).detach().double()
+    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    t, importance = objective.times.quantile(sde, u)
+    level = sde.level(t)
+    floor = (level.alpha * STD) ** 2 / ((level.alpha * STD) ** 2 + level.sigma**2)
+    wanted = float((importance * objective.weight(level) / level.sigma**2 * floor).mean())
+    assert abs(float(loss.mean()) - wanted) < 5 * float(loss.std()) / math.sqrt(n)
+    if isinstance(objective.times, UniformTimes):
+        assert float(importance.max()) == 1.0
+
+
+def check_likelihood_settings(node: dict[str, Any], tmp_path: Path) -> None:
+    """Continuous data N(0.5, 2²) under the exact model of the standardised data."""
+    draw = 0.5 + 2 * torch.randn(264, 3, generator=torch.Generator().manual_seed(0))
+    data = Dataset("normal", draw[:200], draw[200:])
+    scale = data.units.scale
+    model = exact_model(VPSDE(), EDM(STD))
+    result = evaluate(model, data, run.instantiate(node), seed=0)
+    x = data.units.encode(data.test).double()
+    exact = Gaussian(torch.zeros(3, dtype=torch.float64), STD).log_prob(x)
+    wanted = -exact + scale.double().log().sum()
+    # noise sigma(t_min) = 1e-3 is on the data; the rest is the solver's tolerance and the probes
+    bound = 1e-3 + 10 * 3 * node["rtol"] + 5 * result.probe_error * math.sqrt(len(wanted))
+    assert float((result.per_sample - wanted).abs().max()) < bound
+
+
+def check_data(node: dict[str, Any], tmp_path: Path) -> None:
+    data = source(node, tmp_path)
+    assert isinstance(data, Dataset)
+    values = data.test[:64]
+    x = data.units.encode(values, torch.Generator().manual_seed(0))
+    assert_close(data.units.decode(x), values, rtol=1e-5, atol=1e-5)
+    assert x.shape == values.shape and 0.1 < float(x.std()) < 2
+    if data.entropy is not None:
+        surprise = -data.log_density(data.test).double()
+        error = float(surprise.std()) / math.sqrt(len(surprise))
+        assert (
+            abs(float(surprise.mean()) - data.entropy) < 5 * error + 1e-4
+        )  # four digits are known
+
+
+def source(node: dict[str, Any], tmp_path: Path) -> Dataset:
+    """A data set, on files made here where it is the user's own, on real ones where they are."""
+    name = node["_target_"].rpartition(".")[2]
+    generator = np.random.default_rng(0)
+    if name == "arrays":
+        np.save(tmp_path / "own.npy", generator.standard_normal((50, 3, 7)).astype(np.float32))
+        return run.instantiate(node | {"path": str(tmp_path / "own.npy")})
+    if name == "image_folder":
+        for i in range(12):
+            pixels = generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        return run.instantiate(node | {"path": str(tmp_path)})
+    if "root" in node:
+        root = Path(__file__).resolve().parents[2] / "shared" / "data"
+        if not (root / name.replace("_", "-")).exists():
+            pytest.skip(
+                f"no files of {name}; tests/test_data_files.py reads small ones of its kind"
+            )
+        return run.instantiate(node | {"root": str(root)})
+    return run.instantiate(node)
+
+
+def check_training(node: dict[str, Any], tmp_path: Path) -> None:
+    settings = run.instantiate(node)
+    rates = [settings.lr_at(i) for i in range(settings.steps)]
+    assert 0 < min(rates) and 0.9 * settings.lr < max(rates) <= settings.lr
+    assert len(Batches(1437, settings.batch_size, 0)(7).unique()) == settings.batch_size
+
+
+def check_tracking(node: dict[str, Any], tmp_path: Path) -> None:
+    tracker = run.instantiate(node)
+    if node.get("mode") in ("auto", "online"):
+        return  # talk to a server: tests/test_trackers.py gives them one
+    tracker.start(tmp_path, {"sde": "vp"}, "conformance")
+    tracker.log({"train/loss": 1.0}, 1)
+    tracker.finish()
+    assert isinstance(tracker.describe(), str)
+
+
+def check_mode(node: dict[str, Any], tmp_path: Path) -> None:
+    assert callable(run.instantiate(node))
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
+    "sde": check_process,
+    "sampler": check_sampling,
+    "network": check_network,
+    "parameterization": check_parameterization,
+    "objective": check_objective,
+    "likelihood": check_likelihood_settings,
+    "data": check_data,
+    "training": check_training,
+    "tracking": check_tracking,
+    "mode": check_mode,
+}
+
+
+def test_every_group_has_a_suite() -> None:
+    assert set(GROUPS) == {*CHECKS, "experiment"}
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [pair for pair in EVERYTHING if pair[0] != "experiment"]
+)
+def test_every_choice_conforms(
+    group: str, choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    CHECKS[group](compose(f"{group}={choice}")[group], tmp_path)
+
+
+@pytest.mark.parametrize("experiment", GROUPS["experiment"])
+def test_every_experiment_composes_and_its_parts_are_built(experiment: str) -> None:
+    config = compose(f"experiment={experiment}")
+    check_targets({k: v for k, v in config.items() if k != "run"}, experiment)
+    assert experiment in config["run"]["name"], "its own directory, beside the default run's"
+    shape = (1, 8, 8) if config["network"]["_target_"].endswith("UNet") else (2,)
+    for part in ("sde", "network", "parameterization", "objective", "training", "sampler"):
+        run.instantiate(fill_measured(config, shape=shape)[part])
+
+
+def commands(text: str) -> list[list[str]]:
+    """The overrides of each ``run.py`` command in the code blocks of a page."""
+    blocks = "".join(text.split("```")[1::2])
+    found = re.findall(r"^(?:python run\.py|\./dev run) ([^#\n]*)", blocks, re.MULTILINE)
+    return [shlex.split(words) for words in found if not words.startswith("-")]
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in DOCS)])
+def test_the_commands_of_the_pages_compose(page: str) -> None:
+    text = (run.CONF.parent / page).read_text(encoding="utf-8")
+    assert commands(text) or page != "README.md"
+    for overrides in commands(text):
+        compose(*overrides)
+
+
+def test_the_library_example_of_the_readme_runs() -> None:
+    text = (run.CONF.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["result"].log_prob.shape == (1000,)

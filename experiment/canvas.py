@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,10 +48,16 @@ def new_figure(path: str | Path, width: float, height: float) -> Iterator[Figure
 
 
 def write_picture(path: str | Path, save: Callable[[Path], object]) -> Path:
-    """Let ``save`` write under another name, then rename; makes the folder."""
+    """Let ``save`` write under another name, then rename; makes the folder.
+
+    The name is a new one each time: training and an evaluation may write one report at once.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{token_hex(4)}.partial")
+    try:
+        save(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ class CheckpointError(RunError):
 
 def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int = 2) -> Path:
     """Write ``step-<iteration>.pt`` and its digest beside it, then drop all but the newest
-    ``keep``.
+    ``keep`` up to this one.
 
     Each file is written under another name, flushed to disk and renamed, the digest first: a crash
     at any moment leaves the previous checkpoint whole. ``sha256sum -c`` checks the digest too.
@@ -55,8 +56,14 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
     write_atomically(
         _digest_path(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()
     )
-    write_atomically(path, content)
-    for old in list_checkpoints(folder)[:-keep]:
+    try:
+        write_atomically(path, content)
+    except OSError:
+        _remove_stray_digests(folder)
+        raise
+    # later ones were passed over as damaged when the run went on: no reason to drop good ones
+    earlier = [old for old in list_checkpoints(folder) if old.name <= path.name]
+    for old in earlier[:-keep]:
         old.unlink(missing_ok=True)
         _digest_path(old).unlink(missing_ok=True)
     return path
@@ -86,6 +93,13 @@ def remove_partial_files(folder: Path) -> None:
     for path in folder.glob("*.partial"):
         if PARTIAL.fullmatch(path.name):
             path.unlink(missing_ok=True)
+    _remove_stray_digests(folder)
+
+
+def _remove_stray_digests(folder: Path) -> None:
+    for path in folder.glob("step-*.pt.sha256"):
+        if NAME.fullmatch(path.stem) and not path.with_suffix("").exists():
+            path.unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -108,7 +122,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     remedy = "use an older checkpoint of the run (checkpoint=PATH), or train again"
     digest = _digest_path(path)
     if digest.is_file():
-        if digest.read_text().split()[:1] != [hashlib.sha256(content).hexdigest()]:
+        if digest.read_bytes().split()[:1] != [hashlib.sha256(content).hexdigest().encode()]:
             raise CheckpointError(
                 path, "its SHA-256 differs from the one beside it, so the file is damaged", remedy
             )
@@ -116,9 +130,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         _check_archive(path, content, remedy)
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # four different types for damage, one more for a file that would run code
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            path,
+            "it holds more than tensors and plain data, so reading it could run code; refused",
+            "pass a file written by mode=train",
+        ) from error
+    except Exception as error:  # several types for damage
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             path, f"it cannot be read ({type(error).__name__}: {reason})", remedy
@@ -138,15 +156,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that is whole, with a warning for each damaged one passed over; None
-    if there is none.
+    if there is none at all.
+
+    Raises:
+        CheckpointError: If there are some and all are damaged.
     """
     import logging
 
-    for path in reversed(list_checkpoints(folder)):
+    found = list_checkpoints(folder)
+    for path in reversed(found):
         try:
             return path, load_checkpoint(path)
         except CheckpointError as error:
             logging.getLogger(__name__).warning("%s; trying the one before it", error)
+    if found:
+        raise CheckpointError(
+            found[-1],
+            f"it cannot be used, nor can any other of the {len(found)} in its directory",
+            "look at the warnings above, or start over with run.fresh=true, which keeps the files",
+        )
     return None
 
 
@@ -160,13 +188,15 @@ def stored_config(path: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None, path: Path) -> None:
     """Put ``weights`` into ``model``.
 
     Raises:
         CheckpointError: If they do not fit, with every difference of name or shape (the first
             eight).
     """
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(path, "it holds no weights", "pass a file written by mode=train")
     own = model.state_dict()
     wrong = [f"{name} missing" for name in own if name not in weights]
     wrong += [f"{name} unknown" for name in weights if name not in own]
@@ -194,6 +224,10 @@ def _read(path: Path) -> bytes:
         raise CheckpointError(
             path, "no such file", "run `python run.py mode=train` first or check the path"
         ) from error
+    except OSError as error:
+        raise CheckpointError(
+            path, f"it cannot be read ({error.strerror})", "check the path and its permissions"
+        ) from error
     if not content:
         raise CheckpointError(
             path, "the file is empty", "use an older checkpoint of the run, or train again"
@@ -204,10 +238,15 @@ def _read(path: Path) -> bytes:
 def _check_archive(path: Path, content: bytes, remedy: str) -> None:
     """Without a digest, the archive's own CRC-32 of each member, which torch writes and does not
     check.
+
+    The attributes of a member are outside its CRC; torch writes 0, and reads nothing from a member
+    that they call a directory.
     """
     try:
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OSError) as error:
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        marked = [member.filename for member in archive.infolist() if member.external_attr]
+        damaged = marked[0] if marked else archive.testzip()
+    except Exception as error:  # seven types, by the field that is damaged
         raise CheckpointError(
             path, f"it is no checkpoint or was cut short ({error})", remedy
         ) from error

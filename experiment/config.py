@@ -200,11 +200,11 @@ def _key(override: str) -> str:
 
 
 def _meant(key: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close:
-        return f"did you mean {close[0]}?"
-    tops = sorted({name.split(".")[0] for name in known})
+    """The key that was probably meant; else what there is in its group, or the groups."""
+    same_kind = [name for name in known if ("." in name) == ("." in key)]
+    close = difflib.get_close_matches(key, same_kind, n=1, cutoff=0.6)
     group = key.split(".")[0]
-    inside = sorted(name for name in known if name.startswith(f"{group}."))
-    return f"there are: {', '.join(inside or tops)}."
+    inside = sorted(name for name in same_kind if name.startswith(f"{group}."))
+    if close and (not inside or close[0] in inside):
+        return f"did you mean {close[0]}?"
+    return f"there are: {', '.join(inside or sorted({n.split('.')[0] for n in known}))}."

@@ -45,7 +45,7 @@ class Likelihood:
     max_evaluations: int = 10_000
 
     def __post_init__(self) -> None:
-        check_solver("likelihood", self.rtol, self.atol, self.method)
+        check_solver("likelihood", self.rtol, self.atol, self.method, torch.float32)
         for name in ("batch_size", "draws", "max_evaluations"):
             object.__setattr__(
                 self, name, validation.count("likelihood", name, getattr(self, name))

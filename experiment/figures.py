@@ -55,8 +55,12 @@ def save_grid(
         ValueError: If images are no uint8 of that shape, there is none, or a number is below 1.
     """
     _check_images(images)
-    columns = min(count("save_grid", "columns", columns or _square(len(images))), len(images))
-    scale = count("save_grid", "scale", scale or math.ceil(TILE / max(images.shape[2:])))
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
+    if scale is None:
+        scale = math.ceil(TILE / max(images.shape[2:]))
+    columns = min(count("save_grid", "columns", columns), len(images))
+    scale = count("save_grid", "scale", scale)
     pad = count("save_grid", "pad", pad, at_least=0)
     return _save_pixels(_tile(images.detach().cpu(), columns, scale, pad), path)
 
@@ -86,6 +90,9 @@ def plot_loss(
 ) -> Path:
     """Write training loss over iterations: every logged value pale, their running mean dark.
 
+    The mean stops half a window short of both ends: the last value alone would be noise in the
+    colour of a result.
+
     Args:
         rows: Rows of the record; those without a finite train/loss are left out.
         path: Where to.
@@ -109,11 +116,14 @@ def plot_loss(
             marker="o" if few else None,
             label="logged",
         )
-        axes.plot(iterations, running_mean(losses), color=BLUE, lw=2, label="running mean")
+        means = running_mean(losses)
+        half = (len(losses) - len(means)) // 2
+        middle = iterations[half : half + len(means)]
+        axes.plot(middle, means, color=BLUE, lw=2, label="running mean")
         if floor is not None:
             axes.axhline(floor, color=ORANGE, ls="--", lw=1.2, label=f"exact score: {floor:.4g}")
         if min(losses) > 0 and max(losses) > 10 * min(losses):
-            axes.set_yscale("log")
+            _logarithmic(axes, max(losses) / min(losses))
         _iterations(axes)
         axes.set(ylabel="loss", title="Training loss")
         axes.legend()
@@ -125,6 +135,9 @@ def plot_bits(
 ) -> Path:
     """Write likelihood over iterations with one standard error up and down.
 
+    Evaluations are drawn in the order of their iterations: an older checkpoint may have been
+    evaluated last.
+
     Args:
         rows: Rows of the record with eval/bits_per_dim, or else eval/nll, and their ..._stderr.
         path: Where to.
@@ -133,12 +146,12 @@ def plot_bits(
     Raises:
         ValueError: If no row holds an evaluation.
     """
-    rows = list(rows)
+    rows = sorted(rows, key=lambda row: row.get(ITERATION, 0))
     metric = next((name for name in UNITS if series(rows, name)[1]), None)
     if metric is None:
         raise ValueError(f"plot_bits needs a row with a finite {' or '.join(UNITS)}; got none.")
     iterations, values = series(rows, metric)
-    errors = [row.get(f"{metric}_stderr") or 0.0 for row in rows if _finite(row.get(metric))]
+    errors = [_error(row, metric) for row in rows if _finite(row.get(metric))]
     with new_figure(path, 6.4, 3.2) as figure:
         axes = figure.subplots()
         axes.errorbar(
@@ -169,12 +182,13 @@ def series(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[int], lis
 def running_mean(values: Sequence[float], span: float = 0.05) -> list[float]:
     """Mean over a window that reaches as far back as ahead: a fraction ``span`` of the series.
 
-    The window shrinks towards both ends, so that a straight line stays a straight line.
+    A straight line stays a straight line. There is no mean where the window would be cut: the
+    result lacks half a window at the beginning and as much at the end.
     """
+    half = min(round(span * len(values) / 2), max(0, len(values) - 1) // 2)
+    window = 2 * half + 1
     sums = [0.0, *itertools.accumulate(values)]
-    half = round(span * len(values) / 2)
-    reach = [min(half, i, len(values) - 1 - i) for i in range(len(values))]
-    return [(sums[i + h + 1] - sums[i - h]) / (2 * h + 1) for i, h in enumerate(reach)]
+    return [(after - before) / window for before, after in zip(sums, sums[window:], strict=False)]
 
 
 def _check_images(images: Tensor) -> None:
@@ -183,10 +197,6 @@ def _check_images(images: Tensor) -> None:
             f"a grid needs images as uint8 [N, C, H, W], none of them 0; got "
             f"{images.dtype} {tuple(images.shape)}; scale to 0..255 and round first."
         )
-
-
-def _square(number: int) -> int:
-    return math.ceil(math.sqrt(number))
 
 
 def _tile(images: Tensor, columns: int, scale: int, pad: int) -> Tensor:
@@ -216,8 +226,23 @@ def _save_pixels(pixels: Tensor, path: str | Path) -> Path:
 
 def _iterations(axes: Axes) -> None:
     axes.set_xlabel("iteration")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", " "))
+
+
+def _logarithmic(axes: Axes, ratio: float) -> None:
+    """Plain numbers on a logarithmic scale; over a few decades at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if ratio < 1000 else (1,)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def _error(row: Mapping[str, Any], metric: str) -> float:
+    error = row.get(f"{metric}_stderr")
+    return max(0.0, error) if _finite(error) else 0.0
 
 
 def _finite(value: object) -> bool:

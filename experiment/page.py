@@ -26,6 +26,7 @@ img.pixels { padding: 0; image-rendering: pixelated; }
 figcaption { margin-top: .35rem; }
 pre { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; margin: .25rem 0 1rem;
   overflow-x: auto; font: .8125rem/1.5 ui-monospace, Consolas, monospace; }
+pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .8125rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .4rem .75rem .4rem 0; white-space: nowrap;
@@ -33,6 +34,7 @@ th, td { text-align: right; padding: .4rem .75rem .4rem 0; white-space: nowrap;
 th { color: var(--soft); font-weight: 500; }
 th:last-child { text-align: left; }
 td.text { text-align: left; white-space: normal; min-width: 18rem; }
+@media (max-width: 40rem) { td.text { min-width: 36rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; }
   figure, tr { break-inside: avoid; } h2 { break-after: avoid; }
   pre { white-space: pre-wrap; overflow-wrap: anywhere; } .scroll { overflow: visible; }

@@ -9,13 +9,19 @@ from torch import Tensor
 
 from experiment.data import Dataset
 from experiment.figures import plot_density, plot_path
+from experiment.plane_figures import Extent
 from likelihood import Exact, log_likelihood
+from likelihood.standardize import Standardization
 from score_models import ScoreModel
 from sde_lib import probability_flow
 
-SHOWN_NOISE = (
-    0.1  # sigma / alpha at which the score field is drawn: small, and smooth enough to see
-)
+# sigma / alpha at which the score field is drawn: small, and smooth enough to see
+SHOWN_NOISE = 0.1
+PANELS = 6  # of the way from noise to samples
+# points along a side; each costs a likelihood, so that twice as many take four times as long
+RESOLUTION = 64
+# the density is off by some hundredths of its largest value, which no eye sees
+TOLERANCE = 1e-2
 
 
 def draw_plane(
@@ -27,44 +33,57 @@ def draw_plane(
         folder: Made if it is not there.
         iteration: In the names.
         model: In evaluation mode.
-        data: 2-D.
+        data: 2-D. Of K levels, level v is drawn as its bin [v, v + 1].
         states: The way from noise to samples in model units, each [N, 2].
     """
-    units, device = data.units, next(model.parameters()).device
+    units, device = _affine(data), next(model.parameters()).device
     flow = probability_flow(model.sde, model.score)
     time = model.sde.time_at(torch.tensor(SHOWN_NOISE, dtype=torch.float64).log() * -2)
 
     def log_prob(values: Tensor) -> Tensor:
         x = units.encode(values).to(device)
-        return units.log_prob(
-            log_likelihood(flow, x, divergence=Exact(), rtol=1e-3, atol=1e-3).log_prob.cpu(), (2,)
+        result = log_likelihood(
+            flow, x, divergence=Exact(), rtol=TOLERANCE, atol=TOLERANCE, method="bosh3"
         )
+        return units.log_prob(result.log_prob.cpu(), (2,))
 
     @torch.no_grad()
     def score(values: Tensor) -> Tensor:
         return model.score(units.encode(values).to(device), time).cpu() / units.scale
 
-    low, high = data.test.amin(0), data.test.amax(0)
-    margin = 0.08 * float((high - low).max())
-    extent = (
-        float(low[0]) - margin,
-        float(high[0]) + margin,
-        float(low[1]) - margin,
-        float(high[1]) + margin,
-    )
-    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    test = units.decode(data.units.encode(data.test, generator))
     picture = folder / f"density-{iteration:08d}.png"
     plot_density(
         log_prob,
         units.decode(states[-1].cpu()),
-        data.test[: len(states[-1])],
+        test[: len(states[-1])],
         score,
         data.log_density,
-        extent,
+        _extent(test),
         picture,
+        resolution=RESOLUTION,
     )
-    shown = states[:: max(1, len(states) // 5)]
+    last = len(states) - 1
+    shown = sorted({round(i * last / (PANELS - 1)) for i in range(PANELS)})
     plot_path(
-        [units.decode(state[:400].cpu()) for state in shown], folder / f"path-{iteration:08d}.png"
+        [units.decode(states[i][:400].cpu()) for i in shown],
+        folder / f"path-{iteration:08d}.png",
+        ["samples" if i == last else f"{i / last:.0%} of the steps" for i in shown],
     )
     return picture
+
+
+def _affine(data: Dataset) -> Standardization:
+    """The units in which data are drawn, without bins: a point in the bin of level v is v + u."""
+    if data.levels is None:
+        return data.units
+    width = data.units.bin_width
+    return Standardization(torch.tensor([-data.units.low / width]), torch.tensor([1 / width]))
+
+
+def _extent(points: Tensor) -> Extent:
+    """The box around ``points`` [N, 2] and a little more."""
+    (x0, y0), (x1, y1) = points.amin(0).tolist(), points.amax(0).tolist()
+    margin = 0.08 * max(x1 - x0, y1 - y0)
+    return x0 - margin, x1 + margin, y0 - margin, y1 + margin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,9 +50,9 @@ def plot_density(
     densities = {"Density, model": _density(log_prob_fn, extent, resolution)}
     if truth_log_density is not None:
         densities["Density, truth"] = _density(truth_log_density, extent, resolution)
-    two_by_two = len(densities) == 2
-    with new_figure(path, *((7.2, 7.0) if two_by_two else (10.2, 3.6))) as figure:
-        panels = figure.subplots(*((2, 2) if two_by_two else (1, 3))).flat
+    rows, columns, width = (2, 2, 7.2) if len(densities) == 2 else (1, 3, 10.2)
+    with new_figure(path, width, rows * _panel_height(extent)) as figure:
+        panels = figure.subplots(rows, columns).flat
         _density_panels(panels[: len(densities)], densities, extent)
         _score_panel(panels[-2], score_fn, densities["Density, model"], extent)
         _sample_panel(panels[-1], samples, truth_samples, extent)
@@ -65,7 +66,7 @@ def plot_path(
 
     Args:
         states: Points [N, 2], one batch a state, noise first. Each panel has its own range, as
-            the noise of a VE process is far wider than the data.
+            the noise of a VE process is far wider than the data; it is written below.
         path: Where to.
         labels: A title a panel, for example ``t = 0.5``.
 
@@ -82,9 +83,12 @@ def plot_path(
         for index, (axes, state) in enumerate(zip(panels, states, strict=True)):
             _scatter(axes, state, BLUE)
             axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
+            axes.spines[:].set_visible(True)
             axes.set_title(
                 labels[index] if labels else f"state {index + 1} of {len(states)}", fontsize=9
             )
+            low, high = _range(state)
+            axes.set_xlabel(f"{low:.3g} to {high:.3g}", fontsize=9)
     return Path(path)
 
 
@@ -93,7 +97,7 @@ def _density_panels(panels: Sequence[Axes], densities: dict[str, Tensor], extent
     top = float(list(densities.values())[-1].max())
     for axes, (title, density) in zip(panels, densities.items(), strict=True):
         image = axes.imshow(
-            density,
+            density.numpy(),
             origin="lower",
             extent=extent,
             cmap="viridis",
@@ -122,9 +126,14 @@ def _score_panel(
     norm = score.norm(dim=1, keepdim=True)
     arrows = score / norm.clamp_min(1e-12) * torch.log1p(norm)
     axes.imshow(
-        density, origin="lower", extent=extent, cmap="Greys", alpha=0.35, interpolation="bilinear"
+        density.numpy(),
+        origin="lower",
+        extent=extent,
+        cmap="Greys",
+        alpha=0.35,
+        interpolation="bilinear",
     )
-    axes.quiver(*points.T, *arrows.T, color=BLUE, pivot="mid", width=0.004)
+    axes.quiver(*points.numpy().T, *arrows.numpy().T, color=BLUE, pivot="mid", width=0.004)
     _plane(axes, extent, "Score, length ~ log(1 + |score|)")
     axes.grid(False)
 
@@ -133,15 +142,22 @@ def _sample_panel(axes: Axes, samples: Tensor, truth: Tensor, extent: Extent) ->
     _scatter(axes, truth, GREY, label="data")
     _scatter(axes, samples, ORANGE, label="model")
     _plane(axes, extent, "Samples")
-    axes.legend(
-        loc="upper right",
-        markerscale=4,
-        handletextpad=0.2,
-        frameon=True,
-        framealpha=0.8,
-        edgecolor="none",
-        borderpad=0.2,
+    legend = axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1.0, 1.0),  # beside the title: within, it would hide points
+        ncols=2,
+        handletextpad=0.0,
+        columnspacing=0.8,
+        borderpad=0.0,
     )
+    for handle in legend.legend_handles:
+        handle.set_sizes([30.0])
+
+
+def _panel_height(extent: Extent) -> float:
+    """Inches of a panel about three inches wide, with its title and ticks."""
+    x0, x1, y0, y1 = extent
+    return 2.9 * min(2.0, max(0.3, (y1 - y0) / (x1 - x0))) + 0.6
 
 
 def _mesh(extent: Extent, number: int) -> Tensor:
@@ -161,7 +177,15 @@ def _density(log_prob_fn: Callable[[Tensor], Tensor], extent: Extent, resolution
 
 def _scatter(axes: Axes, points: Tensor, color: str, label: str | None = None) -> None:
     size = min(12.0, max(1.0, 4000 / max(1, len(points))))
-    axes.scatter(*points.detach().cpu().T, s=size, color=color, alpha=0.6, lw=0, label=label)
+    axes.scatter(
+        *points.detach().cpu().numpy().T, s=size, color=color, alpha=0.6, lw=0, label=label
+    )
+
+
+def _range(points: Tensor) -> tuple[float, float]:
+    """The smallest and the largest finite coordinate along x."""
+    x = points[:, 0][points[:, 0].isfinite()]
+    return (float(x.min()), float(x.max())) if len(x) else (math.nan, math.nan)
 
 
 def _plane(axes: Axes, extent: Extent, title: str) -> None:

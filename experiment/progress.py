@@ -42,8 +42,8 @@ def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
     """``work`` with a bar on stderr, if stderr is a terminal.
 
     Into a pipe, a file, a closed stream or a dumb terminal nothing is written. The bar has no
-    colours and moves by carriage return alone, so NO_COLOR holds without being asked. Without
-    tqdm the loop runs silently.
+    colours and moves by carriage return alone, one within another too, so NO_COLOR holds without
+    being asked. Without tqdm the loop runs silently.
 
     Args:
         work: An iterable, or a number n for ``range(n)``.
@@ -57,17 +57,31 @@ def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
     except ImportError:
         return Progress(items)
     total = len(items) if isinstance(items, Sized) else None
+    known = os.get_terminal_size(sys.stderr.fileno()).columns > 0  # not within some containers
     return Progress(
         items,
         tqdm(
             total=total,
             desc=description,
             file=sys.stderr,
-            dynamic_ncols=True,
-            ascii=bool(os.environ.get("NO_COLOR")),
+            dynamic_ncols=known,
+            ncols=None if known else 80,
+            ascii=True if os.environ.get("NO_COLOR") else None,  # None: by the encoding of stderr
             mininterval=0.3,
+            position=0,  # else a bar within a bar is placed by escape codes
         ),
     )
+
+
+def say(text: str) -> None:
+    """Print ``text`` as a line of its own: a bar on the terminal makes room and comes back."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(text, flush=True)
+        return
+    with tqdm.external_write_mode(sys.stdout):
+        print(text, flush=True)
 
 
 def _watched() -> bool:

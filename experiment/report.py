@@ -31,7 +31,7 @@ COLUMNS = {
     "how": "how",
 }
 HOW = ("sde", "divergence", "dequantization", "note", "checkpoint")
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -54,7 +54,7 @@ def write_report(run_dir: str | Path) -> Path:
         OSError: If the page cannot be written.
     """
     run_dir = Path(run_dir)
-    rows = Record.read(run_dir)
+    rows = [row for row in Record.read(run_dir) if _number(row.get(ITERATION))]
     about = _load(run_dir / "run.json", dict)
     evaluations = [row for row in _load(run_dir / "likelihood.json", list) if _complete(row)]
     newest = _newest(evaluations, rows)
@@ -65,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
     floor = entropy if newest is not None and newest["metric"] == "nll" else None
     bits = _figure(
         run_dir / "figures" / "bits.png",
-        "Likelihood during training, test set",
+        "Likelihood of the test set or of a part of it, during training and after",
         lambda path: figures.plot_bits(rows, path, floor=floor),
     )
     loss = _figure(
@@ -76,10 +76,12 @@ def write_report(run_dir: str | Path) -> Path:
     sections = {
         "Samples": _newest_picture(run_dir, "samples/grid", "Samples of the model"),
         "From noise to data": (
-            _newest_picture(run_dir, "samples/strip", "Samples on their way")
+            _newest_picture(run_dir, "samples/strip", "Samples on their way, one a row")
             + _newest_picture(run_dir, "figures/path", "Points on their way")
         ),
-        "Density, score and samples": _newest_picture(run_dir, "figures/density", "The density"),
+        "Density, score and samples": _newest_picture(
+            run_dir, "figures/density", "What was learnt"
+        ),
         "Likelihood": bits or _plain("No evaluation yet."),
         "Training loss": loss or _plain("No loss logged yet."),
         "All evaluations": _table(evaluations),
@@ -94,16 +96,22 @@ def write_report(run_dir: str | Path) -> Path:
     )
     target = run_dir / "report.html"
     return write_picture(
-        target, lambda partial: partial.write_text(page(name, body), encoding="utf-8")
+        # a name or a command need not be valid unicode
+        target,
+        lambda partial: partial.write_bytes(page(name, body).encode("utf-8", "replace")),
     )
 
 
 def uncertain(value: float, error: float | None) -> str:
-    """``value`` ± ``error`` with two digits of the error, as in 1.812 ± 0.013."""
-    if not error or not math.isfinite(error):
-        return f"{value:.4g}"
-    digits = min(8, max(0, 1 - math.floor(math.log10(error))))
-    return f"{value:.{digits}f} ± {error:.{digits}f}"
+    """``value`` ± ``error`` with two digits of the error, as in 1.812 ± 0.013.
+
+    Without a known error > 0 there is the value alone, with four digits.
+    """
+    if not _number(error) or error < 1e-12:
+        return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.0f}"
+    digits = 1 - int(f"{error:.1e}".partition("e")[2])  # of the rounded error: 0.0996 is 0.10
+    places = max(0, digits)
+    return f"{round(value, digits):z.{places}f} ± {round(error, digits):.{places}f}"
 
 
 def go_on(command: str) -> dict[str, str]:
@@ -113,7 +121,8 @@ def go_on(command: str) -> dict[str, str]:
     except ValueError:  # an unbalanced quote: the command was joined without quoting
         words = command.split()
     words = words or ["python", "run.py"]
-    own = [word for word in words if not re.match(r"(mode|run\.fresh|checkpoint)\b", word)]
+    other = re.compile(r"\+*(mode(\.\w+)*|run\.fresh|checkpoint)=")
+    own = [word for word in words if not other.match(word)]
     base = shlex.join(own)
     return {
         "Train on, or resume after a stop": f"{base} mode=train",
@@ -131,28 +140,33 @@ def _headline(
         unit = UNITS[newest["metric"]]
         result = (
             f'<p class="result">{uncertain(newest["value"], newest.get("standard_error"))} '
-            f"<span>{unit}, test set{_sample_count(newest)}</span></p>\n"
+            f"<span>{unit}, {_test_set(newest)}</span></p>\n"
         )
         if newest["metric"] == "nll" and entropy is not None:
             gap = uncertain(newest["value"] - entropy, newest.get("standard_error"))
-            result += _plain(f"Entropy of the data: {entropy:.4f} nats; the model is {gap} above.")
+            result += _plain(
+                f"Entropy of the data: {entropy:.4f} nats; the model is {gap} above it."
+            )
     return f"<header><h1>{escape(name)}</h1>\n{result}{_facts(about, rows)}</header>\n"
 
 
-def _sample_count(evaluation: Row) -> str:
+def _test_set(evaluation: Row) -> str:
+    """What was evaluated; a row of the record does not say how much of the test set."""
     number = evaluation.get("num_samples")
-    return f" ({number} samples)" if _number(number) else ""
+    if not _number(number):
+        return "test set or a part of it"
+    return f"test set ({_grouped(number)} samples)"
 
 
 def _facts(about: Row, rows: Sequence[Row]) -> str:
     """One line: how far, how fast, when, with which versions."""
-    iterations = [row[ITERATION] for row in rows if _number(row.get(ITERATION))]
+    iterations = [row[ITERATION] for row in rows]
     speed = figures.series(rows, "perf/images_per_s")[1]
     versions = about.get("versions")
     facts = [
         str(about.get("state") or ""),
-        f"iteration {max(iterations):,}".replace(",", " ") if iterations else "",
-        f"{speed[-1]:,.0f} samples/s in training".replace(",", " ") if speed else "",
+        f"iteration {_grouped(max(iterations))}" if iterations else "",
+        f"{_grouped(speed[-1])} samples/s in training" if speed else "",
         f"begun {about['created']}" if about.get("created") else "",
         ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
     ]
@@ -163,7 +177,7 @@ def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
     """The evaluation of the highest iteration, a full one if there is one; of several the last."""
     logged = [
         {
-            "iteration": row.get(ITERATION, 0),
+            "iteration": row[ITERATION],
             "metric": metric,
             "value": row[f"eval/{metric}"],
             "standard_error": row.get(f"eval/{metric}_stderr"),
@@ -204,7 +218,7 @@ def _cell(row: Row, key: str) -> str:
 
 def _commands(command: str) -> str:
     return "".join(
-        f"<p>{escape(what)}</p><pre><code>{escape(line)}</code></pre>\n"
+        f'<p>{escape(what)}</p><pre class="command"><code>{escape(line)}</code></pre>\n'
         for what, line in go_on(command).items()
     )
 
@@ -242,8 +256,9 @@ def _newest_picture(run_dir: Path, stem: str, alt: str) -> str:
 
 
 def _picture(path: Path, alt: str) -> str:
-    content = path.read_bytes()
-    if not content.startswith(PNG):
+    """The picture as HTML; nothing if it is no PNG, or cut short."""
+    content = path.read_bytes() if path.is_file() else b""
+    if not (content.startswith(PNG) and content.endswith(PNG_END)):
         return ""
     data = base64.b64encode(content).decode()
     kind = ' class="pixels"' if path.parent.name == "samples" else ""
@@ -272,10 +287,14 @@ def _load(path: Path, kind: type) -> Any:  # noqa: ANN401
 def _complete(row: object) -> bool:
     return (
         isinstance(row, dict)
-        and row.get("metric") in UNITS
+        and row.get("metric") in list(UNITS)  # a list: what was read need not be hashable
         and _number(row.get("value"))
         and _number(row.get("iteration"))
     )
+
+
+def _grouped(number: float) -> str:
+    return f"{number:,.0f}".replace(",", " ")
 
 
 def _number(value: object) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from experiment.checkpoint import (
+    CheckpointError,
     list_checkpoints,
     load_checkpoint,
     load_weights,
@@ -92,8 +93,8 @@ class Run:
     def seed(self) -> int:
         """Seed of everything random."""
         seed = self.config["seed"]
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise RunError(f"seed must be a whole number >= 0; got seed={seed!r}.")
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise RunError(f"seed must be a whole number >= 0 and < 2^63; got seed={seed!r}.")
         return seed
 
     def device(self) -> torch.device:
@@ -145,10 +146,15 @@ class Run:
         state = load_checkpoint(path)
         stored = stored_config(path, state)
         check_targets(stored, f"checkpoint {path}")
-        parts = ("sde", "network", "parameterization")
-        run = replace(self, config={**self.config, **{part: stored[part] for part in parts}})
+        try:
+            parts = {part: stored[part] for part in ("sde", "network", "parameterization")}
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(
+                path, f"its configuration lacks {error}", "pass a file written by mode=train"
+            ) from error
+        run = replace(self, config={**self.config, **parts})
         model = run.build_model()
-        load_weights(model, state["ema"], path)
+        load_weights(model, state.get("ema"), path)
         return (
             run,
             model.to(self.device()).eval().requires_grad_(False),
@@ -208,11 +214,15 @@ class Run:
     def set_aside(self) -> None:
         """For ``run.fresh=true``: move an earlier run of this name out of the way; nothing is
         deleted.
+
+        Raises:
+            RunError: If a trainer is at work in it.
         """
         if self.path.is_dir() and any(self.path.iterdir()):
             stamp = time.strftime("%Y%m%d-%H%M%S")
             aside = self.path.with_name(f"{self.path.name}.before-{stamp}-{os.getpid()}")
-            os.replace(self.path, aside)
+            with self.owned():
+                os.replace(self.path, aside)
             print(f"earlier run moved to {aside}", flush=True)
 
     def write_config(self) -> None:

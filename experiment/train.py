@@ -72,7 +72,7 @@ def _resume(run: Run, state: State) -> bool:
     if newest is None:
         return False
     path, stored = newest
-    load_weights(state.ema, stored["ema"], path)  # names every difference
+    load_weights(state.ema, stored.get("ema"), path)  # names every difference
     state.load(stored)
     print(f"going on from {path}, iteration {state.iteration}", flush=True)
     return True

@@ -221,7 +221,7 @@ def fit(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
         if not torch.isfinite(loss + norm):  # the one wait for the device in an iteration
-            _fail(state, x0, loss, norm, iteration, failure_folder)
+            _fail(state, x0, loss.detach(), norm, iteration, failure_folder)
         for group in state.optimizer.param_groups:
             group["lr"] = settings.lr_at(iteration)
         state.optimizer.step()
@@ -275,7 +275,7 @@ def _fail(
         {
             "iteration": iteration,
             "batch": x0.cpu(),
-            "loss": loss.detach().cpu(),
+            "loss": loss.cpu(),
             **state.state_dict(),
         },
         path,

@@ -155,4 +155,4 @@ def _check(x: Tensor, rtol: float, atol: float, method: str) -> None:
             f"got shape {tuple(x.shape)}, "
             f"{x.dtype}{'' if torch.isfinite(x).all() else ', with NaN or infinity'}."
         )
-    check_solver("log_likelihood", rtol, atol, method)
+    check_solver("log_likelihood", rtol, atol, method, x.dtype)

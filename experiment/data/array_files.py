@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ from experiment.errors import RunError
 
 _DAMAGE: tuple[type[Exception], ...] = (ValueError, EOFError, OSError, KeyError, SyntaxError)
 _DAMAGE += (NotImplementedError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)
+_DAMAGE += (tokenize.TokenError,)  # numpy reads the header of an array as Python
 
 
 def arrays(
@@ -81,11 +83,21 @@ def read_npz(path: Path) -> dict[str, numpy.ndarray]:
 
 def _member(path: Path, content: numpy.lib.npyio.NpzFile, key: str) -> numpy.ndarray:
     try:
-        return content[key]
+        values = content[key]
+        _check_sum(content, key)
+        return values
     except _DAMAGE as error:
         raise RunError(
             f"{path}: the array {key!r} cannot be read: {error or type(error).__name__}."
         ) from error
+
+
+def _check_sum(content: numpy.lib.npyio.NpzFile, key: str) -> None:
+    """Read to the end, where the checksum is: a damaged header may have asked for less."""
+    name = key if key in content.zip.namelist() else f"{key}.npy"
+    with content.zip.open(name) as member:
+        while member.read(2**20):
+            pass
 
 
 def _read(path: Path) -> dict[str, numpy.ndarray]:
@@ -129,7 +141,7 @@ def _levels(name: str, values: numpy.ndarray, levels: int | None) -> int | None:
 def _refuse_bytes(name: str, values: numpy.ndarray) -> None:
     """Levels dressed up as floats have no density, so a likelihood of them means nothing."""
     low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 255):  # also where NaN is about: that is reported later
+    if not 0 <= low < high <= 255:  # constants, and where NaN is about: reported later
         return
     scaled = values * 255.0
     if numpy.array_equal(values, numpy.rint(values)):

@@ -72,8 +72,9 @@ def _from_archive(path: Path) -> tuple[Tensor, Tensor]:
                     parts[name] = _decode_batch(f"{path}: {name}", content)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         done = ", ".join(parts) or "none"
+        why = " ".join(str(error).split())  # tarfile's own words may take several lines
         raise RunError(
-            f"{path} is damaged ({error}); batches that could be read: {done}. Get it again."
+            f"{path} is damaged ({why}); batches that could be read: {done}. Get it again."
         ) from error
     absent = [batch for batch in BATCHES if batch not in parts]
     if absent:
@@ -85,6 +86,8 @@ def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
     for member in archive:
         if member.isfile():
             yield Path(member.name).name, archive.extractfile(member).read()
+    while archive.fileobj.read(2**20):  # to the end, where gzip has its checksum
+        pass
 
 
 def _decode_batch(where: str, content: bytes) -> Tensor:

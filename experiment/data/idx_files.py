@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -29,7 +30,8 @@ def mnist(root: str | Path | None = None) -> Dataset:
     Raises:
         RunError: If files are missing or damaged.
     """
-    return _idx_images("mnist", root, ("mnist", "MNIST/raw"), "http://yann.lecun.com/exdb/mnist/")
+    homepage = "https://ossci-datasets.s3.amazonaws.com/mnist/FILE.gz"  # the authors' page refuses
+    return _idx_images("mnist", root, ("mnist", "MNIST/raw"), homepage)
 
 
 def fashion_mnist(root: str | Path | None = None) -> Dataset:
@@ -57,7 +59,9 @@ def _idx_images(
         base,
     ]  # own folder first: both sets use the same file names
     files = [f"{part}-images-idx3-ubyte" for part in ("train", "t10k")]
-    paths = [find((file, file + ".gz"), folders) for file in files]
+    # Both from one folder: a gap must not be filled with the other set's file of the same name.
+    found = [[find((file, file + ".gz"), [folder]) for file in files] for folder in folders]
+    paths = min(found, key=lambda paths: paths.count(None))
     if None in paths:
         absent = [f"{file}[.gz]" for file, path in zip(files, paths, strict=True) if path is None]
         raise missing(name, absent, folders, homepage)
@@ -85,7 +89,8 @@ def read_idx(path: Path) -> Tensor:
             f"{math.prod(shape)} bytes; there are {len(content) - 16}. Image "
             f"{min(whole, shape[0])} is the first wrong one. Get it again."
         )
-    return torch.frombuffer(bytearray(content[16:]), dtype=torch.uint8).reshape(shape)
+    pixels = numpy.frombuffer(content, numpy.uint8, offset=16)  # torch's refuses an empty set
+    return torch.from_numpy(pixels.reshape(shape).copy())
 
 
 def _unpack(path: Path) -> bytes:

@@ -17,6 +17,7 @@ from sde_lib import validation
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _GREY = ("1", "L", "LA")
 _DEEP = ("I", "F")  # more than 8 bits: Pillow would clip them, not scale them
+_DEEP_COLOURS = ";16B"  # of a 16-bit PNG that is not plain grey: Pillow would drop the low bytes
 
 
 def image_folder(
@@ -42,7 +43,8 @@ def image_folder(
     folders = [path / "train", path / "test"]
     parted = all(folder.is_dir() for folder in folders)
     parts = [_pictures(folder) for folder in (folders if parted else [path])]
-    mode = "L" if all(_is_grey(file) for part in parts for file in part) else "RGB"
+    grey = [_is_grey(file) for part in parts for file in part]  # a list: every file is checked
+    mode = "L" if all(grey) else "RGB"
     images = [_load(part, mode, size) for part in parts]
     name = path.absolute().name
     train, test = images if parted else split(name, images[0], test_size, seed)
@@ -72,11 +74,11 @@ def _is_grey(path: Path) -> bool:
 
     try:
         with Image.open(path) as picture:
-            mode = picture.mode
+            mode, layout = picture.mode, str(picture.tile)
     except _damage() as error:
         raise _broken(path, error) from error
-    if mode.startswith(_DEEP):
-        raise RunError(f"{path} has more than 8 bits a channel (mode {mode}); save it with 8.")
+    if mode.startswith(_DEEP) or _DEEP_COLOURS in layout:
+        raise RunError(f"{path} has more than 8 bits a channel; save it with 8.")
     return mode in _GREY
 
 

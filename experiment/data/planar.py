@@ -25,6 +25,8 @@ def planar(
 ) -> Dataset:
     """Draw a data set of the plane, the test set first: it does not depend on ``train_size``.
 
+    Two draws, not one that is parted: the numbers in the front of a longer draw are others.
+
     Args:
         name: Of the set.
         draw: (n, generator) -> n independent samples [n, 2].
@@ -34,12 +36,10 @@ def planar(
         test_size: Number of test samples.
         seed: Of the generator.
     """
-    sizes = [
-        validation.count(name, "test_size", test_size),
-        validation.count(name, "train_size", train_size),
-    ]
-    samples = draw(sum(sizes), torch.Generator().manual_seed(seed)).float()
-    test, train = samples.split(sizes)
+    test_size = validation.count(name, "test_size", test_size)
+    train_size = validation.count(name, "train_size", train_size)
+    generator = torch.Generator().manual_seed(seed)
+    test, train = (draw(n, generator).float() for n in (test_size, train_size))
     return Dataset(name, train, test, entropy=entropy, log_density=log_density)
 
 

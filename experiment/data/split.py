@@ -14,20 +14,20 @@ def split(name: str, samples: Tensor, test_size: float, seed: int) -> tuple[Tens
     Args:
         name: Of the data, for messages.
         samples: All there are.
-        test_size: M, or the share of N if below 1 (rounded, at least 1).
+        test_size: M, or the share of N if below 1 (rounded, at least 2).
         seed: Of the shuffle; the same seed gives the same parts.
 
     Raises:
         ValueError: If nothing would be left to train on, or ``test_size`` is no such number.
     """
     if validation.real(name, "test_size", test_size, above=0) < 1:
-        size = max(1, round(test_size * len(samples)))
+        size = max(2, round(test_size * len(samples)))
     else:
         size = validation.count(name, "test_size", test_size)
     if size >= len(samples):
         raise ValueError(
             f"{name}: test_size={test_size:g} leaves nothing to train on; there are "
-            f"{len(samples)} samples in all. Pass a smaller test_size."
+            f"{len(samples)} samples in all. Pass a smaller test_size, or more samples."
         )
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     return samples[order[size:]], samples[order[:size]]

@@ -22,7 +22,7 @@ class _Dtype:
 class _Array:
     """Stands in for ``numpy.ndarray``: a shape and its bytes."""
 
-    values: numpy.ndarray
+    values: numpy.ndarray | None = None  # a damaged pickle may never say
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_column, content = state

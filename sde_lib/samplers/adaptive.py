@@ -91,11 +91,14 @@ def integrate(
         ) from error
 
 
-def check_solver(owner: str, rtol: float, atol: float, method: str) -> None:
-    """Refuse an unknown method, tolerances below what float64 can tell apart, no torchdiffeq."""
+def check_solver(
+    owner: str, rtol: float, atol: float, method: str, dtype: torch.dtype = torch.float64
+) -> None:
+    """Refuse an unknown method, no torchdiffeq, and tolerances below the rounding of ``dtype``."""
     validation.installed("torchdiffeq")
+    floor = max(1e-12, torch.finfo(dtype).eps / 2)
     for name, value in (("rtol", rtol), ("atol", atol)):
-        validation.real(owner, name, value, at_least=1e-12, below=1)
+        validation.real(owner, name, value, at_least=floor, below=1)
     validation.choice(owner, "method", method, ADAPTIVE_METHODS)
 
 

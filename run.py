@@ -62,11 +62,11 @@ def main(config: DictConfig) -> None:
 
 def report_errors(action: Callable[[], None]) -> None:
     """Run ``action``; tell what the user can mend in one line, the rest with a traceback."""
-    from experiment.errors import RunError, one_line
+    from experiment.errors import EXPECTED, one_line
 
     try:
         action()
-    except (RunError, ValueError, OSError, ImportError) as error:
+    except EXPECTED as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit(f"error: {one_line(error)}")

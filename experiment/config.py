@@ -31,7 +31,7 @@ def walk(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN
         yield from walk(value, inner)
 
 
-def check_targets(config: Mapping[str, Any], source: str) -> None:
+def check_targets(config: Mapping[str, Any], source: str, rooms: tuple[str, ...] = ROOMS) -> None:
     """Refuse every ``_target_`` outside this project's rooms and the packages the user allows.
 
     A configuration names classes, and a stored one travels with its checkpoint: without this,
@@ -41,6 +41,7 @@ def check_targets(config: Mapping[str, Any], source: str) -> None:
     Args:
         config: Composed or stored configuration.
         source: Where it comes from, for the message.
+        rooms: The rooms it may name.
 
     Raises:
         RunError: Naming key and value; nothing has been called then.
@@ -55,12 +56,15 @@ def check_targets(config: Mapping[str, Any], source: str) -> None:
         if key.split(".")[-1] != "_target_":
             continue
         room = str(value).split(".")[0]
-        if room not in (*ROOMS, *own) or not _defined_in(str(value), room):
-            raise RunError(
-                f"{source}: {key}={value} names something outside "
-                f"{', '.join((*ROOMS, *own))}; refused. If it is "
-                f"yours and you trust it, allow its package: {ALLOW_VARIABLE}={room} "
+        allowed = (*rooms, *own)
+        if room not in allowed or not _defined_in(str(value), room):
+            remedy = (
+                f"If it is yours and you trust it, allow its package: {ALLOW_VARIABLE}={room} "
                 "python run.py ..."
+            )
+            raise RunError(
+                f"{source}: {key}={value} names something outside {', '.join(allowed)}; refused. "
+                f"{remedy if room not in ROOMS else 'Name a class by the room that defines it.'}"
             )
 
 
@@ -179,7 +183,7 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
 
 
 def check_added(overrides: Iterable[str], known: Iterable[str]) -> None:
-    """Catch a typo behind ``+``, which adds a key that nothing reads.
+    """Catch a typo behind ``+`` or ``++``, which adds a key that nothing reads.
 
     Raises:
         RunError: If an added key is close to one that exists.
@@ -187,7 +191,7 @@ def check_added(overrides: Iterable[str], known: Iterable[str]) -> None:
     known = list(known)
     for override in overrides:
         key = _key(override)
-        if override.startswith("+") and not override.startswith("++") and key not in known:
+        if override.startswith("+") and key not in known:
             close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
             if close:
                 raise RunError(

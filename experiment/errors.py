@@ -1,17 +1,21 @@
 """What goes wrong at run time through no bug of ours: told in one line, without a traceback."""
 
-EXTRAS = {"torchdiffeq": "solvers", "torchsde": "solvers", "wandb": "wandb"}  # all others: run
+EXTRAS = {"torchdiffeq": "solvers", "torchsde": "solvers", "wandb": "wandb"}  # others: run
+PACKAGES = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
 
 
 class RunError(RuntimeError):
     """A run that cannot go on; the message says what, where, and what to do."""
 
 
+EXPECTED = (RunError, ValueError, OSError, ImportError)
+
+
 def one_line(error: Exception) -> str:
     """What to tell the user of ``error``; a package that is missing comes with its extra."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        extra = EXTRAS.get(package, "run")
+        module = error.name.partition(".")[0]
+        package, extra = PACKAGES.get(module, module), EXTRAS.get(module, "run")
         return (
             f"this needs the package {package}: pip install 'score-sde[{extra}]', or ./dev setup"
         )

@@ -7,16 +7,18 @@ import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
-from experiment.progress import progress
+from experiment.progress import progress, say
+from experiment.seeds import sample_streams
 from likelihood import Divergence, log_likelihood
 from score_models import ScoreModel
-from sde_lib import PerSample, probability_flow, validation
+from sde_lib import probability_flow, validation
 from sde_lib.samplers.adaptive import check_solver
 
 
@@ -120,12 +122,12 @@ def evaluate(
     began, nfe, rows, errors = time.monotonic(), 0, [], []
     for start in progress(range(0, len(test), settings.batch_size), description):
         values = test[start : start + settings.batch_size].repeat_interleave(draws, 0)
-        first = (seed << 40) + start * draws
-        streams = PerSample([(first + i) % 2**63 for i in range(len(values))])
-        x = data.units.encode(values, streams)
+        indices = range(start * draws, start * draws + len(values))
+        streams = sample_streams(seed, "likelihood", indices, device)
+        x = data.units.encode(values.to(device), streams)
         result = log_likelihood(
             flow,
-            x.to(device),
+            x,
             divergence=settings.divergence,
             generator=streams,
             rtol=settings.rtol,
@@ -134,10 +136,11 @@ def evaluate(
             max_evaluations=settings.max_evaluations,
         )
         measured = data.units.measure(result.log_prob.cpu().double(), data.shape)
-        scale = 1 / math.prod(data.shape) / math.log(2) if data.levels is not None else 1.0
+        zero, nat = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        per_nat = float(data.units.measure(zero, data.shape) - data.units.measure(nat, data.shape))
         rows.append(measured.reshape(-1, draws).mean(1))
         error = result.standard_error.cpu().double().reshape(-1, draws)
-        errors.append(error.square().mean(1).sqrt() * scale / draws**0.5)
+        errors.append(error.square().mean(1).sqrt() * per_nat / draws**0.5)
         nfe += result.nfe * len(values)
     per_sample, error = torch.cat(rows), torch.cat(errors)
     return Evaluation(
@@ -152,6 +155,28 @@ def evaluate(
     )
 
 
+def evaluated(run_dir: Path, iteration: int) -> bool:
+    """Whether ``likelihood.json`` holds an evaluation of this iteration."""
+    return any(row.get("iteration") == iteration for row in _rows(run_dir / "likelihood.json"))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def show(result: Evaluation, data: Dataset, what: str) -> None:
+    """Print one evaluation with its error bar and what it cost."""
+    say(
+        f"{what}: {result}  ({result.num_samples} samples, {result.nfe:.0f} evaluations each, "
+        f"{result.seconds:.0f} s)"
+    )
+    if data.entropy is not None:
+        say(
+            f"    entropy of the source {data.entropy:.4f} nats: "
+            f"{result.value - data.entropy:+.4f} ± {result.standard_error:.4f} above it"
+        )
+
+
 def append_evaluation(
     run_dir: Path,
     result: Evaluation,
@@ -163,7 +188,6 @@ def append_evaluation(
 ) -> None:
     """Add one row to ``likelihood.json``, with what it takes to repeat it."""
     path = run_dir / "likelihood.json"
-    rows = json.loads(path.read_text()) if path.exists() else []
     row = {key: value for key, value in asdict(result).items() if key != "per_sample"}
     row = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -173,6 +197,7 @@ def append_evaluation(
         "iteration": iteration,
         "sde": repr(model.sde),
         "data": data.name,
+        "entropy": data.entropy,
         "checkpoint": checkpoint,
         "divergence": str(settings.divergence or "exact up to 16 dimensions, else Hutchinson"),
         "dequantization": f"uniform, {settings.draws} draw(s)"
@@ -182,4 +207,4 @@ def append_evaluation(
         f"atol {settings.atol:g}; "
         f"density at t_min = {model.sde.t_min:g}",
     }
-    write_atomically(path, json.dumps([*rows, row], indent=1).encode())
+    write_atomically(path, json.dumps([*_rows(path), row], indent=1).encode())

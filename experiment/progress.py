@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sized
@@ -74,14 +75,21 @@ def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
 
 
 def say(text: str) -> None:
-    """Print ``text`` as a line of its own: a bar on the terminal makes room and comes back."""
+    """Print ``text`` as a line of its own: a bar on the terminal makes room and comes back.
+
+    A reader that has gone (``| head``) or a closed stdout costs the line and not the run.
+    """
     try:
         from tqdm import tqdm
+
+        room = tqdm.external_write_mode(sys.stdout)
     except ImportError:
-        print(text, flush=True)
-        return
-    with tqdm.external_write_mode(sys.stdout):
-        print(text, flush=True)
+        room = contextlib.nullcontext()
+    try:
+        with room:
+            print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _watched() -> bool:

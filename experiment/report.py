@@ -174,7 +174,7 @@ def _facts(about: Row, rows: Sequence[Row]) -> str:
 
 
 def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
-    """The evaluation of the highest iteration, a full one if there is one; of several the last."""
+    """The evaluation of the highest iteration, a full one before a glance; of several the last."""
     logged = [
         {
             "iteration": row[ITERATION],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -27,8 +28,10 @@ from experiment.checkpoint import (
 from experiment.config import check_complete, check_targets, differences, fill_measured
 from experiment.data import Dataset
 from experiment.errors import RunError
+from experiment.progress import say
 from score_models import ScoreModel
 from sde_lib import validation
+from sde_lib.samplers import SamplingError
 
 # what may change when a run goes on: not what is being trained, only how it is watched and for how
 # long
@@ -72,12 +75,19 @@ class Run:
                 )
 
     def go(self) -> None:
-        """Run the chosen mode."""
+        """Run the chosen mode.
+
+        Raises:
+            RunError: If it cannot be done, also where a solver gives up.
+        """
         if self.config["threads"] is not None:
             torch.set_num_threads(
                 validation.count("configuration", "threads", self.config["threads"])
             )
-        self.build("mode")(self)
+        try:
+            self.build("mode")(self)
+        except SamplingError as error:
+            raise RunError(str(error)) from error
 
     @property
     def path(self) -> Path:
@@ -96,6 +106,11 @@ class Run:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise RunError(f"seed must be a whole number >= 0 and < 2^63; got seed={seed!r}.")
         return seed
+
+    @property
+    def fresh(self) -> bool:
+        """Whether an earlier run of this name is set aside first."""
+        return validation.flag("run", "fresh", self.config["run"]["fresh"])
 
     def device(self) -> torch.device:
         """The device asked for; ``auto`` is the first GPU if there is one.
@@ -145,13 +160,22 @@ class Run:
         path = Path(self.config["checkpoint"]) if self.config["checkpoint"] else self._newest()
         state = load_checkpoint(path)
         stored = stored_config(path, state)
-        check_targets(stored, f"checkpoint {path}")
         try:
             parts = {part: stored[part] for part in ("sde", "network", "parameterization")}
+            trained_on = {"data": stored["data"]}
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 path, f"its configuration lacks {error}", "pass a file written by mode=train"
             ) from error
+        # a file may come from anywhere: of all that could be called, only what makes models
+        check_targets(parts, f"checkpoint {path}", ("sde_lib", "score_models"))
+        changed = differences(trained_on, {"data": self.config["data"]}, CHANGEABLE)
+        if changed:
+            raise CheckpointError(
+                path,
+                f"it was trained on other data ({'; '.join(changed)})",
+                "choose the data that it was trained on",
+            )
         run = replace(self, config={**self.config, **parts})
         model = run.build_model()
         load_weights(model, state.get("ema"), path)
@@ -195,6 +219,8 @@ class Run:
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(handle.fileno()), os.stat(self.path / "lock")):
+                    raise BlockingIOError("the directory was moved away in between")
             except OSError as error:
                 handle.seek(0)
                 raise RunError(
@@ -223,10 +249,13 @@ class Run:
             aside = self.path.with_name(f"{self.path.name}.before-{stamp}-{os.getpid()}")
             with self.owned():
                 os.replace(self.path, aside)
-            print(f"earlier run moved to {aside}", flush=True)
+            say(f"earlier run moved to {aside}")
 
     def write_config(self) -> None:
-        """Keep the configuration as ``config.yaml``, written once, and who ran it as ``run.json``.
+        """Keep the configuration as ``config.yaml`` and who ran it as ``run.json``.
+
+        Written once there is something to train; a directory without a checkpoint yet, left by a
+        run that was refused, is taken over.
 
         Raises:
             RunError: If the directory belongs to a run with other choices; they are listed.
@@ -234,7 +263,7 @@ class Run:
         import yaml
 
         path = self.path / "config.yaml"
-        if path.exists():
+        if path.exists() and list_checkpoints(self.checkpoints):  # else there is nothing to lose
             changed = differences(
                 yaml.safe_load(path.read_text(encoding="utf-8")), self.config, CHANGEABLE
             )
@@ -249,7 +278,7 @@ class Run:
         about = {
             "name": self.config["run"]["name"],
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "versions": _versions(),
             "state": "training",
         }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch import Tensor
 from experiment import figures
 from experiment.data import Dataset
 from experiment.plane import draw_plane
-from experiment.progress import progress
+from experiment.progress import progress, say
 from experiment.report import write_report
 from experiment.run import Run
+from experiment.seeds import sample_streams
+from experiment.trackers import Safe
 from score_models import ScoreModel
 from sde_lib import Counted, PerSample, validation
-from sde_lib.samplers import Sampler
+from sde_lib.samplers import Sampler, SamplingError
 
 STRIP = 8  # samples shown on their way from noise to data
 
@@ -26,8 +28,9 @@ STRIP = 8  # samples shown on their way from noise to data
 def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     """Draw samples from the newest checkpoint of the run, or from ``checkpoint=PATH``.
 
-    Writes ``samples/samples-<iteration>-<sampler>.npz`` (samples in data units, their seeds,
-    evaluations, wall time) and, for images, the grid and the strip from noise to data.
+    Writes ``samples/samples-<iteration>-<sampler>-<evaluations>.npz`` (samples in data units, the
+    seed, evaluations, wall time) and, for images, the grid and the strip from noise to data.
+    Sample i depends on the seed and on i alone.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
@@ -36,39 +39,47 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     """
     num_samples = validation.count("mode=sample", "num_samples", num_samples)
     batch_size = validation.count("mode=sample", "batch_size", batch_size)
+    validation.installed("matplotlib")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
+    tracker = Safe(run.build("tracking"))
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
+    tracker.start(run.path, run.config, run.config["run"]["name"])
     began = time.monotonic()
-    seeds = [(run.seed << 40) + i for i in range(num_samples)]
     parts, states, nfe = [], [], 0
-    for start in progress(range(0, num_samples, batch_size), "samples"):
+    for start in range(0, num_samples, batch_size):
         score = Counted(model.score)
-        trajectory = draw(score, model, sampler, data.shape, seeds[start : start + batch_size])
+        indices = range(start, min(start + batch_size, num_samples))
+        streams = sample_streams(run.seed, "samples", indices, run.device())
+        trajectory = draw(score, model, sampler, data.shape, streams)
         nfe = max(nfe, score.nfe)
-        parts.append(trajectory[-1])
+        parts.append(trajectory[-1].cpu())
         states = states or trajectory
     seconds = time.monotonic() - began
-    values = data.units.decode(torch.cat(parts).cpu())
+    values = data.units.decode(torch.cat(parts))
     folder = run.path / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    array = folder / f"samples-{iteration:08d}-{type(sampler).__name__.lower()}.npz"
+    kind = f"{type(sampler).__name__.lower()}-{nfe}"
+    array = folder / f"samples-{iteration:08d}-{kind}.npz"
     np.savez(
         array,
         samples=values.numpy(),
-        seeds=np.array(seeds, dtype=np.uint64),
+        seed=run.seed,
         nfe=nfe,
         seconds=seconds,
         sampler=repr(sampler),
         checkpoint=str(path),
     )
-    print(
+    say(
         f"{num_samples} samples by {type(sampler).__name__}, {nfe} evaluations each, "
         f"{seconds:.1f} s: {array}"
     )
-    draw_pictures(run, model, data, iteration, values, states)
-    print(f"report: {write_report(run.path)}")
+    picture = draw_pictures(run, model, data, iteration, values, states)
+    if picture is not None:
+        tracker.image("samples/grid", picture, iteration)
+    tracker.finish()
+    say(f"report: {write_report(run.path)}")
 
 
 @torch.no_grad()
@@ -77,39 +88,45 @@ def draw(
     model: ScoreModel,
     sampler: Sampler,
     shape: tuple[int, ...],
-    seeds: Sequence[int],
+    streams: PerSample,
 ) -> list[Tensor]:
-    """Eleven states on the way from the prior to the samples, each [B, ...]; sample i depends on
-    seeds[i] alone.
+    """Eleven states on the way from the prior to the samples, each [B, ...].
+
+    Raises:
+        SamplingError: If the samples are not finite.
     """
-    device = next(model.parameters()).device
-    streams = PerSample(seeds)
-    start = model.sde.prior_sample((len(seeds), *shape), generator=streams, device=device)
-    states = [x for _, x in sampler.trajectory(score, model.sde, start, generator=streams)]
-    shown = {round(i * (len(states) - 1) / 10) for i in range(11)}
-    if not bool(torch.isfinite(states[-1]).all()):
-        raise RuntimeError(
+    start = model.sde.prior_sample(
+        (len(streams.seeds), *shape), generator=streams, device=streams.device
+    )
+    trajectory = sampler.trajectory(score, model.sde, start, generator=streams)
+    kept, end = thinned((x for _, x in progress(trajectory, "samples")), 40)
+    if not bool(torch.isfinite(end).all()):
+        raise SamplingError(
             f"{sampler} gave samples that are not finite; use more steps, or look at the model."
         )
-    return [state for i, state in enumerate(states) if i in shown]
+    return [kept[round(i * (len(kept) - 1) / 10)] for i in range(10)] + [end]
+
+
+def thinned(states: Iterable[Tensor], most: int) -> tuple[list[Tensor], Tensor]:
+    """At most ``most`` evenly spaced ``states``, and the last: a thousand would not fit."""
+    kept, stride, end = [], 1, None
+    for i, end in enumerate(states):  # noqa: B007
+        if i % stride == 0:
+            kept.append(end)
+        if len(kept) > most:
+            kept, stride = kept[::2], 2 * stride
+    return kept, end
 
 
 def draw_and_save(
     run: Run, model: ScoreModel, sampler: Sampler, data: Dataset, iteration: int, count: int
 ) -> Path | None:
-    """Pictures of ``count`` fresh samples, the same seeds each time; None for data that cannot be
-    drawn.
-    """
+    """Pictures of ``count`` samples, the same noise each time; None where nothing can be drawn."""
     if len(data.shape) != 3 and data.shape != (2,):
         return None
     count = count if len(data.shape) == 3 else max(count, 2000)
-    states = draw(
-        Counted(model.score),
-        model,
-        sampler,
-        data.shape,
-        [(run.seed << 40) + i for i in range(count)],
-    )
+    streams = sample_streams(run.seed, "samples", range(count), run.device())
+    states = draw(Counted(model.score), model, sampler, data.shape, streams)
     return draw_pictures(run, model, data, iteration, data.units.decode(states[-1].cpu()), states)
 
 

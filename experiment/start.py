@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
+
+from experiment.errors import one_line
 
 HEADER = "score-sde: train score models, sample from them, exact likelihoods with error bars."
 FOOTER = """\
@@ -29,6 +32,9 @@ def before_the_slow_imports(folder: Path) -> None:
     if {"--help", "-h"} & {*sys.argv[1:]}:
         print(help_text(folder))
         sys.exit()
+    for package in ("hydra", "torch"):
+        if importlib.util.find_spec(package) is None:
+            sys.exit(f"error: {one_line(ModuleNotFoundError(name=package))}")
     if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it when it is imported
 

@@ -6,22 +6,38 @@ import json
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
 import torch
 
-from experiment.checkpoint import list_checkpoints, load_newest, load_weights, save_checkpoint
+from experiment.checkpoint import (
+    list_checkpoints,
+    load_newest,
+    load_weights,
+    save_checkpoint,
+    stored_config,
+)
 from experiment.data import Dataset
-from experiment.evaluation import Likelihood, append_evaluation, evaluate
-from experiment.likelihood import show
+from experiment.evaluation import (
+    Evaluation,
+    Likelihood,
+    append_evaluation,
+    evaluate,
+    evaluated,
+    show,
+)
+from experiment.progress import say
 from experiment.record import Record
 from experiment.report import write_report
 from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.trackers import Safe, Tracker
-from experiment.training import State, Training, fit
-from sde_lib.samplers import Sampler
+from experiment.training import Batches, State, Training, fit
+from score_models import ScoreModel
+from sde_lib import validation
+from sde_lib.samplers import Sampler, SamplingError
 
 
 def train(run: Run, *, quick_samples: int = 64) -> None:
@@ -33,23 +49,25 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         run: The composed configuration.
         quick_samples: Samples of the grid drawn at each evaluation.
     """
+    validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
     likelihood: Likelihood = run.build("likelihood")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
+    Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
     objective = run.build("objective")
     model = _seeded(run)
     sampler.check(model.sde)
     state = State.fresh(model, settings)
     tracker = Safe(run.build("tracking"))
-    if run.config["run"]["fresh"]:
+    if run.fresh:
         run.set_aside()
     with run.owned():
         run.write_config()
-        resumed = _resume(run, state)
-        if resumed and state.iteration >= settings.steps:
-            print(
+        resumed = _resume(run, state, settings)
+        if resumed and state.iteration >= settings.steps and evaluated(run.path, state.iteration):
+            say(
                 f"already finished: {run.path} has {state.iteration} iterations. "
                 "`mode=likelihood` and `mode=sample` use it; training.steps=N goes on; "
                 "run.fresh=true starts over."
@@ -60,13 +78,13 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         )
 
 
-def _seeded(run: Run):  # noqa: ANN202
+def _seeded(run: Run) -> ScoreModel:
     """The model with weights that depend on the seed alone."""
     torch.manual_seed(run.seed)
     return run.build_model().to(run.device())
 
 
-def _resume(run: Run, state: State) -> bool:
+def _resume(run: Run, state: State, settings: Training) -> bool:
     """Load the newest whole checkpoint into ``state``; False if there is none."""
     newest = load_newest(run.checkpoints) if list_checkpoints(run.checkpoints) else None
     if newest is None:
@@ -74,7 +92,15 @@ def _resume(run: Run, state: State) -> bool:
     path, stored = newest
     load_weights(state.ema, stored.get("ema"), path)  # names every difference
     state.load(stored)
-    print(f"going on from {path}, iteration {state.iteration}", flush=True)
+    say(f"going on from {path}, iteration {state.iteration}")
+    planned = stored_config(path, stored).get("training", {}).get("steps", settings.steps)
+    if settings.decay and planned != settings.steps:
+        before = replace(settings, steps=int(planned)).lr_at(max(0, state.iteration - 1))
+        now = settings.lr_at(state.iteration)
+        say(
+            f"the schedule is now laid over {settings.steps} iterations and not over {planned}: "
+            f"the learning rate was {before:.3g} and goes on at {now:.3g}"
+        )
     return True
 
 
@@ -97,6 +123,7 @@ class _Trainer:
         self.config_text = json.dumps(run.config)
         self.began = time.monotonic()
         self.stop_signal = 0
+        self.evaluating = False
 
     def go(self, state: State, objective: Callable[..., Any]) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
@@ -104,11 +131,10 @@ class _Trainer:
         self.record.cut(state.iteration)
         name = run.config["run"]["name"]
         weights = sum(p.numel() for p in state.model.parameters())
-        print(
+        say(
             f"{name}: {len(self.data.train)} training samples of shape "
             f"{self.data.shape}, {weights:,} weights, "
-            f"{self.settings.steps} iterations on {run.device()}",
-            flush=True,
+            f"{self.settings.steps} iterations on {run.device()}"
         )
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
@@ -123,28 +149,26 @@ class _Trainer:
                     failure_folder=run.path,
                     on_log=self.log,
                     on_checkpoint=self.checkpoint,
-                    on_evaluate=self.evaluate,
+                    on_evaluate=self.glance,
                     should_stop=lambda: self.stop_signal != 0,
                 )
-            if done:
-                self.evaluate(state, final=True)
-                exit_code = 0
+                if done:
+                    self.evaluating = True
+                    self.evaluate(state)
+                    exit_code = 0
             run.set_state("finished" if done else "stopped")
         except BaseException:
-            run.set_state("failed")
+            run.set_state("failed" if state.iteration < self.settings.steps else "not evaluated")
             raise
         finally:
             report = write_report(run.path)
-            self.tracker.finish(exit_code if not self.stop_signal else 128 + self.stop_signal)
+            self.tracker.finish(128 + self.stop_signal if self.stop_signal else exit_code)
         if not done:
-            print(
-                f"stopped at iteration {state.iteration}; the same command goes on from there.",
-                flush=True,
-            )
+            say(f"stopped at iteration {state.iteration}; the same command goes on from there.")
             raise SystemExit(128 + self.stop_signal)
-        print(f"took {time.monotonic() - self.began:.0f} s\nreport: {report}")
+        say(f"took {time.monotonic() - self.began:.0f} s\nreport: {report}")
         if self.tracker.describe():
-            print(self.tracker.describe())
+            say(self.tracker.describe())
 
     def log(self, values: dict[str, float], iteration: int) -> None:
         """Metrics to the record and to the tracker."""
@@ -154,11 +178,10 @@ class _Trainer:
             "train/loss" in values
             and iteration % max(1, self.settings.steps // 10) < self.settings.log_every
         ):
-            print(
+            say(
                 f"iteration {iteration}: loss {values['train/loss']:.4f}, "
                 f"{values['perf/images_per_s']:.0f} samples/s, "
-                f"{time.monotonic() - self.began:.0f} s",
-                flush=True,
+                f"{time.monotonic() - self.began:.0f} s"
             )
 
     def checkpoint(self, state: State) -> None:
@@ -176,65 +199,55 @@ class _Trainer:
                 or state.iteration >= self.settings.steps
             ):
                 raise
-            print(
+            say(
                 f"warning: checkpoint at iteration {state.iteration} not written "
-                f"({error}); the one before it stays.",
-                flush=True,
+                f"({error}); the one before it stays."
             )
 
-    def evaluate(self, state: State, final: bool = False) -> None:
-        """Likelihood, sample grid and strip of the averaged model; the whole test set at the
-        end.
-        """
-        settings = self.likelihood if final else self._quick()
+    def glance(self, state: State) -> None:
+        """A point of the curve: likelihood of a part of the test set, samples; never fatal."""
+        count = min(128, self.likelihood.max_samples or 128, len(self.data.test))
+        loose = {name: max(1e-3, getattr(self.likelihood, name)) for name in ("rtol", "atol")}
+        settings = replace(self.likelihood, max_samples=count, draws=1, **loose)
+        try:
+            self.score(state, settings, "likelihood of a part")
+            self.draw(state)
+        except SamplingError as error:  # an early model may be too rough for a solver
+            say(f"warning: evaluation at iteration {state.iteration} left out ({error})")
+        write_report(self.run.path)
+
+    def evaluate(self, state: State) -> None:
+        """Likelihood of the whole test set and samples: the result of the run."""
+        settings, run = self.likelihood, self.run
+        result = self.score(state, settings, "test likelihood")
+        name = list_checkpoints(run.checkpoints)[-1].name
+        append_evaluation(run.path, result, state.iteration, state.ema, self.data, settings, name)
+        self.draw(state)
+
+    def score(self, state: State, settings: Likelihood, description: str) -> Evaluation:
+        """Likelihood under the averaged weights, to the record and the screen."""
         result = evaluate(
-            state.ema,
-            self.data,
-            settings,
-            seed=self.run.seed,
-            description="test likelihood" if final else "likelihood of a part",
+            state.ema, self.data, settings, seed=self.run.seed, description=description
         )
         self.log(result.as_metrics(), state.iteration)
-        show(
-            result,
-            self.data,
-            f"iteration {state.iteration}: test" + ("" if final else f" ({result.num_samples})"),
-        )
-        if final:
-            append_evaluation(
-                self.run.path,
-                result,
-                state.iteration,
-                state.ema,
-                self.data,
-                settings,
-                list_checkpoints(self.run.checkpoints)[-1].name,
-            )
+        show(result, self.data, f"iteration {state.iteration}: test set")
+        return result
+
+    def draw(self, state: State) -> None:
+        """Grid and strip of the averaged model."""
         picture = draw_and_save(
             self.run, state.ema, self.sampler, self.data, state.iteration, self.quick_samples
         )
         if picture is not None:
             self.tracker.image("samples/grid", picture, state.iteration)
-        write_report(self.run.path)
-
-    def _quick(self) -> Likelihood:
-        """A cheaper evaluation for the curve: a part of the test set, one probe, a loose
-        solver.
-        """
-        from dataclasses import replace
-
-        count = min(128, self.likelihood.max_samples or 128, len(self.data.test))
-        return replace(
-            self.likelihood,
-            max_samples=count,
-            draws=1,
-            rtol=max(1e-3, self.likelihood.rtol),
-            atol=max(1e-3, self.likelihood.atol),
-        )
 
 
 class _Signals:
-    """SIGTERM, SIGINT and SIGUSR1 finish the step, save and stop; a second one stops at once."""
+    """SIGTERM, SIGINT and SIGUSR1 finish the step, save and stop; a second one stops at once.
+
+    So does the first during the final evaluation: all is saved then, and the same command does the
+    evaluation again.
+    """
 
     caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -249,6 +262,7 @@ class _Signals:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if self.trainer.stop_signal:
-            raise KeyboardInterrupt
+        """Note the signal, or leave."""
+        if self.trainer.stop_signal or self.trainer.evaluating:
+            raise SystemExit(128 + number)
         self.trainer.stop_signal = number

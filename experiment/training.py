@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import io
 import math
 import time
 from collections.abc import Callable
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.progress import progress
+from experiment.seeds import stream
 from score_models import Objective, ScoreModel
 from sde_lib import validation
 
@@ -36,6 +38,8 @@ class Training:
         clip: Gradients are scaled down to this norm.
         ema: Decay of the averaged weights, which are the ones evaluated; it warms up as (1 + n) /
             (10 + n).
+        max_skipped: How many iterations with a loss or gradient that is not finite may be passed
+            over without an update; one more stops training.
         log_every: Iterations between lines of the record.
         checkpoint_every: Iterations between checkpoints.
         evaluate_every: Iterations between evaluations; the end is always evaluated.
@@ -50,6 +54,7 @@ class Training:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.999
+    max_skipped: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
     evaluate_every: int = 1000
@@ -57,18 +62,15 @@ class Training:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
             object.__setattr__(self, name, validation.count("training", name, getattr(self, name)))
-        object.__setattr__(
-            self, "warmup", validation.count("training", "warmup", self.warmup, at_least=0)
-        )
+        for name in ("warmup", "max_skipped"):
+            whole = validation.count("training", name, getattr(self, name), at_least=0)
+            object.__setattr__(self, name, whole)
         validation.real("training", "lr", self.lr, above=0)
         validation.real("training", "clip", self.clip, above=0)
         validation.real("training", "weight_decay", self.weight_decay, at_least=0)
         validation.real("training", "ema", self.ema, at_least=0, below=1)
         validation.real("training", "beta2", self.beta2, above=0, below=1)
-        if not isinstance(self.decay, bool):
-            raise ValueError(
-                f"training needs decay to be true or false; got decay={self.decay!r}."
-            )
+        validation.flag("training", "decay", self.decay)
 
     def lr_at(self, iteration: int) -> float:
         """Learning rate of an iteration, counted from 0."""
@@ -76,6 +78,10 @@ class Training:
         return (
             rate * 0.5 * (1 + math.cos(math.pi * iteration / self.steps)) if self.decay else rate
         )
+
+    def ema_at(self, iteration: int) -> float:
+        """Decay of the average at an iteration, counted from 0: short at first."""
+        return min(self.ema, (1 + iteration) / (10 + iteration))
 
 
 @dataclass
@@ -86,6 +92,7 @@ class State:
     ema: ScoreModel
     optimizer: torch.optim.Optimizer
     iteration: int = 0
+    skipped: int = 0
 
     @classmethod
     def fresh(cls, model: ScoreModel, settings: Training) -> State:
@@ -100,6 +107,17 @@ class State:
         )
         return cls(model, ema, optimizer)
 
+    @torch.no_grad()
+    def update(self, lr: float, decay: float) -> None:
+        """One step of the optimiser, and of the average behind it; buffers are copied."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        averages, weights = list(self.ema.parameters()), list(self.model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
+            average.copy_(buffer)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on to the bit; batches and noise are functions of (seed,
         iteration).
@@ -108,6 +126,7 @@ class State:
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "skipped": self.skipped,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -115,7 +134,7 @@ class State:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration = int(state["iteration"])
+        self.iteration, self.skipped = int(state["iteration"]), int(state["skipped"])
 
 
 @dataclass
@@ -160,14 +179,6 @@ class Batches:
         return self._epochs[epoch]
 
 
-def stream(seed: int, purpose: str, index: int) -> torch.Generator:
-    """A generator that is a function of (seed, purpose, index): nothing to store, nothing to
-    restore.
-    """
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def fit(
     state: State,
     objective: Objective,
@@ -204,56 +215,29 @@ def fit(
     """
     device = next(state.model.parameters()).device
     batches = Batches(len(data.train), settings.batch_size, seed)
-    units = data.units
-    parameters, averages = list(state.model.parameters()), list(state.ema.parameters())
-    total_loss, total_norm = torch.zeros((), device=device), torch.zeros((), device=device)
-    counted, since = 0, time.monotonic()
+    units, window = data.units, _Window(device)
     state.model.train()
     bar = progress(range(state.iteration, settings.steps), "training")
     for iteration in bar:
         generator = stream(seed, "iteration", iteration)
-        torch.manual_seed(
-            int(torch.randint(2**62, (), generator=generator))
-        )  # dropout draws from the global stream
+        # dropout draws from the global stream
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         x0 = units.encode(data.train[batches(iteration)], generator).to(device)
-        loss = objective(state.model, x0, generator).mean()
-        state.optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        if not torch.isfinite(loss + norm):  # the one wait for the device in an iteration
-            _fail(state, x0, loss.detach(), norm, iteration, failure_folder)
-        for group in state.optimizer.param_groups:
-            group["lr"] = settings.lr_at(iteration)
-        state.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                averages, parameters, 1 - min(settings.ema, (1 + iteration) / (10 + iteration))
-            )
+        loss, norm = _gradient(state, objective, x0, generator, settings)
+        if torch.isfinite(loss + norm):  # the one wait for the device in an iteration
+            state.update(settings.lr_at(iteration), settings.ema_at(iteration))
+            window.add(loss, norm)
+        elif state.skipped < settings.max_skipped:
+            state.skipped += 1
+        else:
+            _fail(state, x0, loss, norm, iteration, seed, failure_folder)
         state.iteration = done = iteration + 1
-        total_loss, total_norm, counted = (
-            total_loss + loss.detach(),
-            total_norm + norm,
-            counted + 1,
-        )
         stopping = should_stop()
         if done % settings.log_every == 0 or done == settings.steps or stopping:
-            speed = counted * settings.batch_size / (time.monotonic() - since)
-            on_log(
-                {
-                    "train/loss": float(total_loss / counted),
-                    "train/grad_norm": float(total_norm / counted),
-                    "train/lr": settings.lr_at(iteration),
-                    "perf/images_per_s": speed,
-                },
-                done,
-            )
-            bar.note(f"loss {float(total_loss / counted):.4f}")
-            total_loss, total_norm, counted, since = (
-                0 * total_loss,
-                0 * total_norm,
-                0,
-                time.monotonic(),
-            )
+            metrics = window.close(settings.batch_size)
+            metrics |= {"train/lr": settings.lr_at(iteration), "train/skipped": state.skipped}
+            on_log(metrics, done)
+            bar.note(f"loss {metrics['train/loss']:.4f}")
         if done % settings.checkpoint_every == 0 or done == settings.steps or stopping:
             on_checkpoint(state)
         if stopping and done < settings.steps:
@@ -261,28 +245,63 @@ def fit(
         if done % settings.evaluate_every == 0 and done < settings.steps:
             on_evaluate(state)
             state.model.train()
-            since = time.monotonic()
+            window.restart_clock()
     return True
 
 
+def _gradient(
+    state: State, objective: Objective, x0: Tensor, generator: torch.Generator, settings: Training
+) -> tuple[Tensor, Tensor]:
+    """Leave the clipped gradient in the model; loss and norm before clipping, on the device."""
+    loss = objective(state.model, x0, generator).mean()
+    state.optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(list(state.model.parameters()), settings.clip)
+    return loss.detach(), norm
+
+
+class _Window:
+    """Means since the last line of the record, summed on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._empty()
+
+    def _empty(self) -> None:
+        self.sums, self.count = torch.zeros(2, device=self.device), 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Forget the time that something else took."""
+        self.timed, self.since = 0, time.monotonic()
+
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """One more iteration."""
+        self.sums += torch.stack([loss, norm]).to(self.sums)
+        self.count += 1
+        self.timed += 1
+
+    def close(self, batch_size: int) -> dict[str, float]:
+        """The metrics of the window, NaN if all of it was skipped; the next one begins."""
+        loss, norm = (self.sums / self.count).tolist()
+        seconds = max(time.monotonic() - self.since, 1e-9)
+        speed = self.timed * batch_size / seconds
+        self._empty()
+        return {"train/loss": loss, "train/grad_norm": norm, "perf/images_per_s": speed}
+
+
 def _fail(
-    state: State, x0: Tensor, loss: Tensor, norm: Tensor, iteration: int, folder: Path
+    state: State, x0: Tensor, loss: Tensor, norm: Tensor, iteration: int, seed: int, folder: Path
 ) -> None:
     """Save what gave NaN, and stop before the update."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"failure-{iteration:08d}.pt"
-    torch.save(
-        {
-            "iteration": iteration,
-            "batch": x0.cpu(),
-            "loss": loss.cpu(),
-            **state.state_dict(),
-        },
-        path,
-    )
+    culprit = {"iteration": iteration, "seed": seed, "batch": x0.cpu(), "loss": loss.cpu()}
+    content = io.BytesIO()
+    torch.save(culprit | state.state_dict(), content)
+    write_atomically(path, content.getbuffer())
     raise RunError(
-        f"loss {float(loss):g} with gradient norm {float(norm):g} at iteration "
-        f"{iteration}; the weights are as before "
-        f"it. Batch and state are in {path}. Lower training.lr, or look at the batch "
-        "for bad samples."
+        f"loss {float(loss):g} with gradient norm {float(norm):g} at iteration {iteration}, after "
+        f"{state.skipped} skipped; the weights are as before it. Batch and state are in {path}. "
+        "Lower training.lr, look at the batch for bad samples, or allow training.max_skipped=N."
     )

@@ -21,7 +21,7 @@ class UniformDequantization:
     from below: bits/dim with uniform dequantization is an upper bound on the discrete code length.
 
     Args:
-        levels: K, >= 2.
+        levels: K, from 2 to 65536.
         low: Where the bin of level 0 starts, in model units.
         high: Where the bin of level K - 1 ends.
     """
@@ -38,6 +38,11 @@ class UniformDequantization:
             "levels",
             validation.count("UniformDequantization", "levels", self.levels, at_least=2),
         )
+        if self.levels > 2**16:
+            raise ValueError(
+                "UniformDequantization takes at most 65536 levels, since a float32 hardly tells more "
+                f"apart; got levels={self.levels}. Treat the data as continuous (levels=null)."
+            )
         validation.real("UniformDequantization", "high", self.high, above=self.low)
 
     @property
@@ -47,17 +52,23 @@ class UniformDequantization:
 
     def encode(self, values: Tensor, generator: Generator = None) -> Tensor:
         """Levels [B, ...] as float32 points, each uniform in its bin."""
-        # off the edges by a few units of rounding: v + u must not round into the next bin
-        edge = 4 * self.levels * torch.finfo(torch.float32).eps
-        u = rand(values.shape, generator, device=values.device).clamp(edge, 1 - edge)
-        return self.low + self.bin_width * (values.float() + u)
+        u = rand(values.shape, generator, device=values.device, dtype=torch.float64)
+        x = (self.low + self.bin_width * (values + u)).float()
+        strayed = self._bins(x) != values  # float32 may round a point onto its bin's edge
+        return torch.where(strayed, torch.nextafter(x, self._centres(values)), x)
+
+    def _centres(self, values: Tensor) -> Tensor:
+        return (self.low + self.bin_width * (values.double() + 0.5)).float()
+
+    def _bins(self, x: Tensor) -> Tensor:
+        levels = torch.floor((x.double() - self.low) / self.bin_width)
+        return levels.clamp(0, self.levels - 1)
 
     def decode(self, x: Tensor) -> Tensor:
         """The level [B, ...] in whose bin each point lies; points outside go to the nearest
         level.
         """
-        levels = torch.floor((x - self.low) / self.bin_width).clamp(0, self.levels - 1)
-        return levels.to(torch.uint8 if self.levels <= 256 else torch.int64)
+        return self._bins(x).to(torch.uint8 if self.levels <= 256 else torch.int64)
 
     def measure(self, log_prob: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Bits per dimension [B] of data of one sample's ``shape``."""

@@ -37,6 +37,12 @@ class Divergence(ABC):
         ``x``.
         """
 
+    def standard_error(self, estimates: Tensor) -> Tensor:
+        """Of the mean of k ``estimates`` [k, B]: [B]; NaN for one, which cannot say."""
+        if len(estimates) == 1:
+            return torch.full_like(estimates[0], float("nan"))
+        return estimates.std(0) / len(estimates) ** 0.5
+
     def __call__(self, field: Field, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
         """``field(x)`` [B, ...] and k estimates of its divergence, [k, B].
 
@@ -75,6 +81,10 @@ class Exact(Divergence):
 
     def passes(self, x: Tensor) -> int:
         return x[0].numel()
+
+    def standard_error(self, estimates: Tensor) -> Tensor:
+        """Nothing random: zero."""
+        return torch.zeros_like(estimates[0])
 
     def traces(self, value: Tensor, x: Tensor, probes: Tensor) -> Tensor:
         dims = x[0].numel()

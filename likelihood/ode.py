@@ -111,7 +111,7 @@ def log_likelihood(
     )
     return LogLikelihood(
         log_prob=log_probs.mean(0).to(x.dtype),
-        standard_error=_standard_error(log_probs, divergence).to(x.dtype),
+        standard_error=divergence.standard_error(log_probs).to(x.dtype),
         latent=latent.to(x.dtype),
         nfe=nfe,
         passes=nfe * divergence.passes(x),
@@ -121,31 +121,16 @@ def log_likelihood(
 def _rate(
     flow: ProbabilityFlow, level: Level, z: Tensor, divergence: Divergence, probes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """dz/du and k estimates [k, B] of its trace; the linear part's trace is known and needs no
-    probe.
-    """
-    scale = flow.scale(level)
-    share = (level.sigma / scale).to(z)
-
-    def noise_part(z: Tensor) -> Tensor:
-        return share * level.like(z).noise(flow.score(scale.to(z) * z, level.t))
-
-    value, trace = divergence(noise_part, z, probes)
-    return value - share.square() * z, trace - share.square() * z[0].numel()
+    """dz/du and k estimates [k, B] of its trace; that of the linear part needs no probe."""
+    linear = flow.noise_share(level).to(z).square()
+    value, trace = divergence(lambda z: flow.noise_part(z, level), z, probes)
+    return value - linear * z, trace - linear * z[0].numel()
 
 
 def _worst_sample(error: tuple[Tensor, Tensor]) -> Tensor:
     """Norm of a scaled error: no sample hides behind its neighbours, nor log p behind x."""
     z, trace = error
     return torch.maximum(z.flatten(1).square().mean(1).max().sqrt(), trace.abs().max())
-
-
-def _standard_error(log_probs: Tensor, divergence: Divergence) -> Tensor:
-    if isinstance(divergence, Exact):
-        return torch.zeros_like(log_probs[0])
-    if len(log_probs) == 1:
-        return torch.full_like(log_probs[0], float("nan"))
-    return log_probs.std(0) / len(log_probs) ** 0.5
 
 
 def _check(x: Tensor, rtol: float, atol: float, method: str) -> None:

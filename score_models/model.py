@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from score_models.parameterization import Parameterization
-from sde_lib.sde import SDE, Level, expand_like
+from sde_lib.sde import SDE, expand_like
 
 
 class ScoreModel(nn.Module):
@@ -32,37 +32,37 @@ class ScoreModel(nn.Module):
 
     def noise(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Noise estimate E[eps | x_t] at ``x`` [B, ...] and ``t`` [] or [B]."""
-        y, rho, raw = self._evaluate(x, t, cond)
-        p = self.parameterization
-        # (y - x0_hat) / rho with its scalars in float64: the difference itself would cancel at
-        # small rho
-        from_input = expand_like(((1 - p.skip(rho)) / rho).to(x.dtype), x)
-        from_output = expand_like((p.out(rho) / rho).to(x.dtype), x)
-        return from_input * y - from_output * raw
+        return self._noise_and_sigma(x, t, cond)[0]
+
+    def score(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """Score of the noised data at ``x`` [B, ...] and ``t`` [] or [B]."""
+        noise, sigma = self._noise_and_sigma(x, t, cond)
+        return -noise / expand_like(sigma.to(x.dtype), x)
 
     def denoised(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Denoised estimate E[x_0 | x_t] at ``x`` [B, ...] and ``t`` [] or [B]."""
-        y, rho, raw = self._evaluate(x, t, cond)
+        y, rho, _, raw = self._evaluate(x, t, cond)
         p = self.parameterization
         skip, out = (expand_like(c.to(x.dtype), x) for c in (p.skip(rho), p.out(rho)))
         return skip * y + out * raw
 
-    def score(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Score of the noised data at ``x`` [B, ...] and ``t`` [] or [B]."""
-        noise = self.noise(x, t, cond)
-        return -noise / expand_like(self._level(x, t).sigma.to(x.dtype), x)
-
-    def _level(self, x: Tensor, t: Tensor) -> Level:
-        t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
-        return self.sde.level(t.expand(len(x)) if t.ndim == 0 else t)
+    def _noise_and_sigma(self, x: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, rho, sigma, raw = self._evaluate(x, t, cond)
+        p = self.parameterization
+        # (y - x0_hat) / rho, scalars in float64: the difference itself would cancel at small rho
+        from_input = expand_like(((1 - p.skip(rho)) / rho).to(x.dtype), x)
+        from_output = expand_like((p.out(rho) / rho).to(x.dtype), x)
+        return from_input * y - from_output * raw, sigma
 
     def _evaluate(
         self, x: Tensor, t: Tensor, cond: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """y = x / alpha, the noise ratio (float64, [B]), and what the network makes of them."""
-        level = self._level(x, t)
-        rho = level.noise_ratio
-        y = x / expand_like(level.alpha.to(x.dtype), x)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y = x / alpha, rho and sigma (float64, [B]), and what the network makes of them."""
+        t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        t = t.expand(len(x)) if t.ndim == 0 else t
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        rho = sigma / alpha
+        y = x / expand_like(alpha.to(x.dtype), x)
         scaled = expand_like(self.parameterization.input(rho).to(x.dtype), x) * y
         raw = self.network(scaled, rho.log().to(x.dtype), cond)
         if raw.shape != x.shape:
@@ -70,4 +70,4 @@ class ScoreModel(nn.Module):
                 f"{type(self.network).__name__} must return the shape of its input; "
                 f"got {tuple(raw.shape)} for {tuple(x.shape)}."
             )
-        return y, rho, raw
+        return y, rho, sigma, raw

@@ -85,7 +85,8 @@ class Objective:
     """A weighting and a way to draw times; together they are what training minimises.
 
     The mean over a batch estimates the integral of the weighted loss over t in [t_min, t_max],
-    divided by t_max - t_min, whichever way the times are drawn.
+    divided by t_max - t_min, whichever way the times are drawn, if they state their importance;
+    ``LogNormalSigma`` without ``reweight`` makes its distribution part of the weighting.
 
     Args:
         weight: lambda, a function of the level.

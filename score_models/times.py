@@ -19,7 +19,8 @@ class TimeSampler(ABC):
     """Draws times in [t_min, t_max] and the importance of each.
 
     The importance is q(t) / p(t), with p the density of the draw and q the uniform one, so that
-    the mean of importance times f(t) estimates the mean of f over uniform t.
+    the mean of importance times f(t) estimates the mean of f over uniform t. A sampler may state
+    1 instead, and then says so: its distribution is part of the weighting.
 
     Args:
         stratified: Whether the n draws of a batch fall into n equal slices of probability, one
@@ -126,7 +127,9 @@ class ImportanceTimes(TimeSampler):
 
     def quantile(self, sde: SDE, u: Tensor) -> tuple[Tensor, Tensor]:
         low, high = sde.log_snr_range()
-        edges = torch.linspace(-0.5 * high, -0.5 * low, self.table + 1, dtype=torch.float64)
+        edges = torch.linspace(
+            -0.5 * high, -0.5 * low, self.table + 1, dtype=torch.float64, device=u.device
+        )
         centres = sde.level(sde.time_at(-edges[1:] - edges[:-1]))
         # lambda / sigma² dt = (lambda / sigma²) (2 sigma² / g²) d log rho
         mass = 2 * self.weight(centres) / centres.diffusion**2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +28,10 @@ class DiscreteSDE(MarginalSDE):
         num_levels: T.
     """
 
+    alpha_of: Callable[[Tensor], Tensor] = field(repr=False)
+    sigma_of: Callable[[Tensor], Tensor] = field(repr=False)
     num_levels: int = 0
-    log_snr_of: MonotoneCubic | None = None
+    log_snr_of: MonotoneCubic | None = field(default=None, repr=False)
 
     def log_snr(self, t: Tensor) -> Tensor:
         """The interpolated log SNR at ``t``."""
@@ -129,7 +133,7 @@ class DiscreteSDE(MarginalSDE):
         return levels.double() / self.num_levels
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MonotoneCubic:
     """A monotone C¹ cubic through T values at the times 1/T, 2/T, ..., 1.
 
@@ -147,12 +151,17 @@ class MonotoneCubic:
         inner = 2 * secants[1:] * secants[:-1] / (secants[1:] + secants[:-1])
         return cls(values, torch.cat([secants[:1], inner, secants[-1:]]))
 
+    @lru_cache(maxsize=8)  # noqa: B019  (a process lives as long as its run)
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Values and slopes on ``device``, copied there once."""
+        return self.values.to(device), self.slopes.to(device)
+
     def __call__(self, t: Tensor) -> Tensor:
         """The interpolant at ``t`` [...], in its dtype; linear beyond the ends."""
         position = t.double() * len(self.values) - 1  # in units of levels, 0 at the first
         index = position.detach().floor().clamp(0, len(self.values) - 2).long()
         w = position - index
-        v, m = self.values.to(t.device), self.slopes.to(t.device)
+        v, m = self.on(t.device)
         v0, v1, m0, m1 = v[index], v[index + 1], m[index], m[index + 1]
         w_in = w.clamp(0, 1)
         cubic = (
@@ -168,7 +177,7 @@ class MonotoneCubic:
         """The time at which a decreasing interpolant is ``y`` [...], float64; the nearest end
         beyond the range.
         """
-        v, m = self.values.to(y.device), self.slopes.to(y.device)
+        v, m = self.on(y.device)
         index = (torch.searchsorted(-v, -y.contiguous()) - 1).clamp(0, len(v) - 2)
         v0, m0, m1, rise = v[index], m[index], m[index + 1], v[index + 1] - v[index]
         square, cube = 3 * rise - 2 * m0 - m1, m0 + m1 - 2 * rise

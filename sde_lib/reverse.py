@@ -92,12 +92,19 @@ class ProbabilityFlow:
         """The norm sqrt(alpha² + sigma²) that turns x into z."""
         return torch.hypot(level.alpha, level.sigma)
 
+    def noise_share(self, level: Level) -> Tensor:
+        """The part of sigma in the norm, sigma / sqrt(alpha² + sigma²)."""
+        return level.sigma / self.scale(level)
+
+    def noise_part(self, z: Tensor, level: Level) -> Tensor:
+        """The part of dz/du that asks the network, at ``z`` [B, ...] and one ``level`` of []."""
+        scale, share = self.scale(level).to(z), self.noise_share(level).to(z)
+        level = level.like(z)
+        return share * level.noise(self.score(scale * z, level.t))
+
     def scaled_velocity(self, z: Tensor, level: Level) -> Tensor:
         """dz/du at ``z`` [B, ...] and one ``level`` of scalars []."""
-        scale = self.scale(level)
-        share = (level.sigma / scale).to(z)
-        noise = level.like(z).noise(self.score(scale.to(z) * z, level.t))
-        return share * noise - share.square() * z
+        return self.noise_part(z, level) - self.noise_share(level).to(z).square() * z
 
 
 def probability_flow(

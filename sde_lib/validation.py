@@ -62,6 +62,17 @@ def count(owner: str, name: str, value: float, *, at_least: int = 1) -> int:
     return int(value)
 
 
+def flag(owner: str, name: str, value: bool) -> bool:
+    """``value`` if it is true or false, and not merely something that counts as one of them.
+
+    Raises:
+        ValueError: Naming owner, argument and the value that was given.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{owner} needs {name} to be true or false; got {name}={value!r}.")
+    return value
+
+
 def choice(owner: str, name: str, value: str, allowed: Collection[str]) -> str:
     """``value`` if it is one of ``allowed``.
 

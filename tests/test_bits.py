@@ -140,11 +140,11 @@ def test_standardization_of_images_is_one_number_a_channel():
     )
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256, 4096])
-@pytest.mark.parametrize("u", [0.0, 1 - 2**-24], ids=["first", "last"])
+@pytest.mark.parametrize("levels", [2, 17, 256, 65536])
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24, 1 - 2**-53], ids=["first", "last", "very last"])
 def test_dequantized_data_stay_in_their_bin_at_both_ends_of_the_noise(monkeypatch, levels, u):
     monkeypatch.setattr(
-        "likelihood.dequantize.rand", lambda shape, *_, **__: torch.full(tuple(shape), u)
+        "likelihood.dequantize.rand", lambda shape, *_, **__: torch.full(tuple(shape), u).double()
     )
     units = UniformDequantization(levels)
     values = torch.arange(levels)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -354,11 +355,66 @@ def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hyd
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named_with_its_extra_before_anything_starts(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torchdiffeq'] = None")
-    result = run(*TINY, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    refused(result, "torchdiffeq", "score-sde[solvers]")
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [
+        ("torchdiffeq", "torchdiffeq: pip install 'score-sde[solvers]'"),
+        ("hydra", "hydra-core: pip install 'score-sde[run]'"),
+        ("matplotlib", "matplotlib: pip install 'score-sde[run]'"),
+        ("sklearn", "scikit-learn: pip install 'score-sde[run]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra_before_anything_starts(
+    tmp_path, package, advice
+):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None")
+    refused(run(*TINY, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}), advice)
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_wandb_a_run_goes_on_and_says_what_would_add_it(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['wandb'] = None")
+    arguments = [a for a in TINY if "tracking" not in a]
+    result = run(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    assert "pip install wandb" in result.stdout
+
+
+def test_a_run_killed_in_its_final_evaluation_is_evaluated_by_the_same_command(trained, tmp_path):
+    shutil.copytree(the_run(trained[0]), the_run(tmp_path))
+    (the_run(tmp_path) / "likelihood.json").unlink()
+    result = run("mode=train", *TINY, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "bits/dim" in result.stdout and (the_run(tmp_path) / "likelihood.json").is_file()
+    assert "already finished" in run("mode=train", *TINY, cwd=tmp_path).stdout
+
+
+def test_a_checkpoint_of_other_data_is_refused(trained, tmp_path):
+    path = the_run(trained[0]) / "checkpoints" / "step-00000006.pt"
+    words = ("other data", "experiment.data.digits -> experiment.data.rings")
+    refused(run("mode=likelihood", "data=rings", f"checkpoint={path}", cwd=tmp_path), *words)
+
+
+def test_a_refused_batch_size_does_not_bar_the_directory_to_the_corrected_command(tmp_path):
+    refused(run(*TINY, "training.batch_size=5000", cwd=tmp_path), "batch_size=5000", "1437")
+    assert run(*TINY, "training.steps=2", cwd=tmp_path).returncode == 0
+
+
+def test_any_seed_trains_samples_and_scores(tmp_path):
+    result = run(*TINY, "training.steps=2", "seed=9223372036854775807", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    again = run("mode=sample", *TINY, "seed=20231125", "mode.num_samples=2", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+
+
+def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
+    command = f"'{sys.executable}' '{ROOT / 'run.py'}' {' '.join(TINY)} | head -n 1"
+    script = f"set -o pipefail; {command}"
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr.decode()
+    assert (the_run(tmp_path) / "likelihood.json").is_file()
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["-sc", "query=bash"]])

@@ -200,7 +200,11 @@ def test_what_is_said_is_a_plain_line_where_nobody_watches(hidden):
     assert without_terminal(script, "pipe") == ("iteration 7: loss 0.1\n", "")
 
 
-@pytest.mark.parametrize("work", [4, range(4), [0, 1, 2, 3], iter(range(4))], ids=str)
+@pytest.mark.parametrize(
+    "work",
+    [4, range(4), [0, 1, 2, 3], iter(range(4))],
+    ids=["number", "range", "list", "iterator"],
+)
 def test_a_number_or_any_iterable_is_gone_through(work):
     assert list(progress(work, "samples")) == [0, 1, 2, 3]
 

@@ -437,7 +437,7 @@ def test_the_newest_picture_is_that_of_the_highest_iteration(tmp_path):
     assert seen(tmp_path).pictures() == {"Samples of the model, iteration 10": ten}
 
 
-@pytest.mark.parametrize("damage", ["text", "empty", "cut", "folder", "dangling"])
+@pytest.mark.parametrize("damage", ["text", "empty", "cut", "headless", "folder", "dangling"])
 def test_a_broken_picture_gives_way_to_the_one_before(tmp_path, damage):
     good = picture(tmp_path / "samples/grid-00000100.png")
     newest = tmp_path / "samples/grid-00000200.png"
@@ -446,7 +446,8 @@ def test_a_broken_picture_gives_way_to_the_one_before(tmp_path, damage):
     elif damage == "dangling":
         newest.symlink_to(tmp_path / "nowhere")
     else:
-        newest.write_bytes({"text": b"no picture", "empty": b"", "cut": good[:-20]}[damage])
+        contents = {"text": b"no picture", "empty": b"", "cut": good[:-20], "headless": good[1:]}
+        newest.write_bytes(contents[damage])
 
     assert seen(tmp_path).pictures() == {"Samples of the model, iteration 100": good}
 

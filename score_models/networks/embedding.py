@@ -31,3 +31,12 @@ class NoiseEmbedding(nn.Module):
         """Embedding [B, width] of ``noise_level`` [B]."""
         angles = noise_level[:, None] * self.frequencies.to(noise_level)
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+def refuse_cond(owner: str, cond: Tensor | None) -> None:
+    """Refuse conditioning that a network would otherwise ignore without a word."""
+    if cond is not None:
+        raise ValueError(
+            f"{owner} is unconditional and would ignore cond; got one of shape "
+            f"{tuple(cond.shape)}. Leave it out, or use a network that takes it."
+        )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from score_models.networks.embedding import NoiseEmbedding
+from score_models.networks.embedding import NoiseEmbedding, refuse_cond
 from sde_lib import validation
 
 
@@ -55,6 +55,7 @@ class MLP(nn.Module):
         """Output [B, d] at scaled input ``x`` [B, d] and ``noise_level`` = log(sigma / alpha)
         [B].
         """
+        refuse_cond("MLP", cond)
         level = self.embedding(noise_level)
         angles = x @ self.directions.to(x)
         h = self.enter(torch.cat([x, angles.sin(), angles.cos()], dim=1))

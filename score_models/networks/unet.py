@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from score_models.networks.embedding import NoiseEmbedding
+from score_models.networks.embedding import NoiseEmbedding, refuse_cond
 from sde_lib import validation
 
 
@@ -91,6 +91,7 @@ class UNet(nn.Module):
         """Output [B, C, H, W] at scaled input ``x`` [B, C, H, W] and ``noise_level`` = log(sigma /
         alpha) [B].
         """
+        refuse_cond("UNet", cond)
         level = self.embedding(noise_level)
         h = self.enter(x)
         kept = [h]

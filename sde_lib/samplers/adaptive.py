@@ -128,6 +128,7 @@ class AdaptiveODE(Sampler):
 
     def __post_init__(self) -> None:
         check_solver("AdaptiveODE", self.rtol, self.atol, self.method)
+        validation.flag("AdaptiveODE", "denoise", self.denoise)
         validation.count("AdaptiveODE", "max_evaluations", self.max_evaluations)
 
     def trajectory(

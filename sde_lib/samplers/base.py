@@ -98,6 +98,7 @@ class FixedStepSampler(Sampler):
     def __post_init__(self) -> None:
         steps = validation.count(type(self).__name__, "steps", self.steps)
         object.__setattr__(self, "steps", steps)
+        validation.flag(type(self).__name__, "denoise", self.denoise)
 
     def check(self, sde: SDE) -> None:
         """Lay out the plan once: a grid that does not fit the process says so."""
@@ -119,12 +120,24 @@ class FixedStepSampler(Sampler):
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
-        moves = self.plan(sde)
-        times = [float(nxt.t) for _, _, nxt in moves]
-        moves = [(move, now.like(x), nxt.like(x)) for move, now, nxt in moves]
+        plan = self.plan(sde)
+        times = [float(nxt.t) for _, _, nxt in plan]
+        moves = _on_device(plan, x)
         yield sde.t_max, x
         for (move, now, nxt), t in zip(moves, times, strict=True):
             x = move(score, x, now, nxt, partial(randn_like, x, generator))
             yield t, x
         if self.denoise:
             yield times[-1], denoise(score, x, moves[-1][2])
+
+
+def _on_device(plan: list[Move], x: Tensor) -> list[Move]:
+    """The plan with its scalars on the device of ``x``, in one copy; ``t`` keeps float64."""
+    rows = torch.stack([torch.stack([*now, *nxt]) for _, now, nxt in plan]).to(x.device)
+    width = len(Level._fields)
+    scalars = zip(rows.unbind(), rows.to(x.dtype).unbind(), strict=True)
+    levels = [
+        (Level(exact[0], *row[1:width]), Level(exact[width], *row[width + 1 :]))
+        for exact, row in ((e.unbind(), r.unbind()) for e, r in scalars)
+    ]
+    return [(move, now, nxt) for (move, _, _), (now, nxt) in zip(plan, levels, strict=True)]

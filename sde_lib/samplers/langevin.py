@@ -44,6 +44,7 @@ class LangevinCorrector:
 
     def __post_init__(self) -> None:
         validation.real("LangevinCorrector", "snr", self.snr, above=0, below=0.7)
+        validation.flag("LangevinCorrector", "published", self.published)
 
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         """One step at level ``nxt``; ``now`` is the same level."""

@@ -63,6 +63,7 @@ class TorchSDE(Sampler):
                 f"gives wrong mode weights without a warning; use one of {', '.join(CALCULUS)}."
             )
         validation.choice("TorchSDE", "method", self.method, CALCULUS)
+        validation.flag("TorchSDE", "denoise", self.denoise)
 
     @property
     def stochastic(self) -> bool:

@@ -1,0 +1,28 @@
+"""Randomness as a function of (seed, purpose, index): nothing to store, nothing to restore."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+
+from sde_lib import PerSample
+
+
+def stream(seed: int, purpose: str, index: int) -> torch.Generator:
+    """A CPU generator that is a function of (seed, purpose, index)."""
+    return torch.Generator().manual_seed(_hashed(seed, purpose, index))
+
+
+def sample_streams(
+    seed: int, purpose: str, indices: Iterable[int], device: torch.device | str = "cpu"
+) -> PerSample:
+    """One stream a sample: sample i depends on (seed, purpose, i), whatever batch it sits in."""
+    return PerSample([_hashed(seed, purpose, i) for i in indices], device)
+
+
+def _hashed(seed: int, purpose: str, index: int) -> int:
+    """63 bits; a seed of any size gives streams of its own."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

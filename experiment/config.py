@@ -170,7 +170,10 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
         return f"unknown {group}={choice}; choose one of {', '.join(options.split())}."
     if "override_grammar" in message or "Config group override must" in message:
         given = " ".join(message.partition("See http")[0].split())
-        return f"cannot read an override ({given}); write key=value, no spaces around the =."
+        return (
+            f"cannot read an override ({given}); write key=value without spaces around the =; "
+            "a value with spaces or special characters needs quotes of its own: 'key=\"a value\"'."
+        )
     unknown = re.search(
         r"Key '([^']+)' is not in struct|Could not (?:override|append) '([^']+)'", message
     )

@@ -28,8 +28,9 @@ STRIP = 8  # samples shown on their way from noise to data
 def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     """Draw samples from the newest checkpoint of the run, or from ``checkpoint=PATH``.
 
-    Writes ``samples/samples-<iteration>-<sampler>-<evaluations>.npz`` (samples in data units, the
-    seed, evaluations, wall time) and, for images, the grid and the strip from noise to data.
+    Writes ``samples/samples-<iteration>-<sampler>-<evaluations>.npz`` (samples in data units,
+    their seeds, evaluations, wall time); for images also the grid and the strip from noise to
+    data.
     Sample i depends on the seed and on i alone.
 
     Args:
@@ -47,7 +48,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     sampler.check(model.sde)
     tracker.start(run.path, run.config, run.config["run"]["name"])
     began = time.monotonic()
-    parts, states, nfe = [], [], 0
+    parts, seeds, states, nfe = [], [], [], 0
     for start in range(0, num_samples, batch_size):
         score = Counted(model.score)
         indices = range(start, min(start + batch_size, num_samples))
@@ -55,6 +56,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
         trajectory = draw(score, model, sampler, data.shape, streams)
         nfe = max(nfe, score.nfe)
         parts.append(trajectory[-1].cpu())
+        seeds += streams.seeds
         states = states or trajectory
     seconds = time.monotonic() - began
     values = data.units.decode(torch.cat(parts))
@@ -65,7 +67,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     np.savez(
         array,
         samples=values.numpy(),
-        seed=run.seed,
+        seeds=np.array(seeds, dtype=np.uint64),
         nfe=nfe,
         seconds=seconds,
         sampler=repr(sampler),

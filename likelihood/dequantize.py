@@ -40,8 +40,8 @@ class UniformDequantization:
         )
         if self.levels > 2**16:
             raise ValueError(
-                "UniformDequantization takes at most 65536 levels, since a float32 hardly tells more "
-                f"apart; got levels={self.levels}. Treat the data as continuous (levels=null)."
+                "UniformDequantization takes at most 65536 levels, since a float32 hardly tells "
+                f"more apart; got levels={self.levels}. Treat the data as continuous, levels=null."
             )
         validation.real("UniformDequantization", "high", self.high, above=self.low)
 
@@ -54,11 +54,9 @@ class UniformDequantization:
         """Levels [B, ...] as float32 points, each uniform in its bin."""
         u = rand(values.shape, generator, device=values.device, dtype=torch.float64)
         x = (self.low + self.bin_width * (values + u)).float()
-        strayed = self._bins(x) != values  # float32 may round a point onto its bin's edge
-        return torch.where(strayed, torch.nextafter(x, self._centres(values)), x)
-
-    def _centres(self, values: Tensor) -> Tensor:
-        return (self.low + self.bin_width * (values.double() + 0.5)).float()
+        strayed = self._bins(x) != values  # rounded onto the edge of the bin: a step back inside
+        inside = (self.low + self.bin_width * (values + u.clamp(2**-8, 1 - 2**-8))).float()
+        return torch.where(strayed, inside, x)
 
     def _bins(self, x: Tensor) -> Tensor:
         levels = torch.floor((x.double() - self.low) / self.bin_width)

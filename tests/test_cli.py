@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -39,17 +41,48 @@ ENVIRONMENT = {
 }
 
 
-def run(*arguments, cwd, env=None, **options):
-    """`python run.py ARGUMENTS` in the directory ``cwd``."""
+def run(*arguments, cwd, env=None):
+    """`python run.py ARGUMENTS` in the directory ``cwd``; with ``env``, in a new interpreter."""
+    if env is None:
+        return zygote().run(arguments, cwd)
     return subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
         timeout=300,
-        env={**ENVIRONMENT, **(env or {})},
-        **options,
+        env={**ENVIRONMENT, **env},
     )
+
+
+class Zygote:
+    """A process that has paid for the imports and forks for each run, see zygote.py."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "zygote.py"), str(ROOT)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+
+    def run(self, arguments, cwd):
+        with tempfile.TemporaryDirectory() as folder:
+            streams = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
+            request = {"script": str(ROOT / "run.py"), "arguments": arguments, "cwd": str(cwd)}
+            request |= {"env": ENVIRONMENT} | streams
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            code = int(self.process.stdout.readline())
+            texts = {name: Path(path).read_text("utf-8") for name, path in streams.items()}
+        return subprocess.CompletedProcess(arguments, code, **texts)
+
+
+@functools.cache
+def zygote():
+    """One for each process that runs tests; it ends with it, when its stdin closes."""
+    return Zygote()
 
 
 def refused(result, *words):
@@ -125,7 +158,7 @@ def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
         cwd=folder,
     )
     assert drawn.returncode == 0, drawn.stderr
-    samples = np.load(the_run(folder) / "samples" / "samples-00000006-ddim.npz")
+    samples = np.load(the_run(folder) / "samples" / "samples-00000006-ddim-4.npz")
     assert samples["samples"].shape == (5, 1, 8, 8) and samples["samples"].dtype == np.uint8
     assert int(samples["nfe"]) == 4 and len(samples["seeds"]) == 5
     assert (the_run(folder) / "config.yaml").read_bytes() == before, (
@@ -392,7 +425,7 @@ def test_a_run_killed_in_its_final_evaluation_is_evaluated_by_the_same_command(t
 def test_a_checkpoint_of_other_data_is_refused(trained, tmp_path):
     path = the_run(trained[0]) / "checkpoints" / "step-00000006.pt"
     words = ("other data", "experiment.data.digits -> experiment.data.rings")
-    refused(run("mode=likelihood", "data=rings", f"checkpoint={path}", cwd=tmp_path), *words)
+    refused(run("mode=likelihood", "data=rings", f'checkpoint="{path}"', cwd=tmp_path), *words)
 
 
 def test_a_refused_batch_size_does_not_bar_the_directory_to_the_corrected_command(tmp_path):

@@ -194,7 +194,7 @@ def known() -> list[str]:
         ("training.zzzzzzzzzzzz=1", ["there are:", "training.batch_size, training."]),
         ("qqqq=1", ["unknown key 'qqqq'", "there are:", "sampler, sde, seed"]),
         ("training.lr", ["training.lr", "write key=value"]),
-        ("mode =train", ["mode =train", "no spaces around the ="]),
+        ("mode =train", ["mode =train", "without spaces around the ="]),
     ],
 )
 def test_a_composition_error_is_told_in_one_line_with_the_remedy(known, override, words):
@@ -218,11 +218,15 @@ def test_a_message_that_is_not_known_is_passed_on_in_one_line():
 
 
 def test_a_typo_behind_a_plus_is_caught_and_a_new_key_is_not(known):
-    for typo, meant in (("+trainng.lr=1", "training.lr"), ("+sampler.step=3", "sampler.steps")):
+    for typo, meant in (
+        ("+trainng.lr=1", "training.lr"),
+        ("++trainng.lr=1", "training.lr"),
+        ("+sampler.step=3", "sampler.steps"),
+    ):
         with pytest.raises(RunError) as caught:
             check_added(["sde=vp", typo], known)
         assert f"did you mean {meant} (without +)?" in str(caught.value)
-    check_added(["+sde.gamma=3", "+training.lr=1", "++trainng.lr=1", "trainng.lr=1"], known)
+    check_added(["+sde.gamma=3", "++training.lr=1", "trainng.lr=1"], known)
 
 
 # the run
@@ -233,6 +237,7 @@ def config_of(root: Path, width: int = 8, **changes) -> dict:
         "network": {"_target_": "score_models.networks.MLP", "shape": None, "width": width},
         "sde": {"_target_": "sde_lib.VPSDE", "t_min": 1e-4},
         "parameterization": {"_target_": "score_models.EDM", "data_std": None},
+        "data": {"_target_": "experiment.data.rings", "seed": 0},
         "training": {"steps": 10, "lr": 0.1},
         "run": {"root": str(root), "name": "a-run"},
         "checkpoint": None,
@@ -312,6 +317,24 @@ def test_a_trained_model_is_the_average_rebuilt_from_the_stored_configuration(tm
     elsewhere = path.rename(tmp_path / "copy.pt")
     run = run_in(tmp_path / "other", checkpoint=str(elsewhere))
     assert run.trained()[2:] == (elsewhere, 20)
+
+
+def test_a_checkpoint_is_bound_to_the_data_it_was_trained_on(tmp_path):
+    path, _ = saved(measured(run_in(tmp_path)), 5)
+    moons = {"_target_": "experiment.data.two_moons", "seed": 0}
+    with pytest.raises(CheckpointError, match="other data .*rings -> experiment.data.two_moons"):
+        run_in(tmp_path, data=moons, checkpoint=str(path)).trained()
+    elsewhere = {"_target_": "experiment.data.rings", "seed": 0, "root": "another/folder"}
+    assert run_in(tmp_path, data=elsewhere, checkpoint=str(path)).trained()[3] == 5
+
+
+def test_a_stored_configuration_may_name_models_only(tmp_path):
+    run, marker = measured(run_in(tmp_path)), tmp_path / "marker"
+    sde = {"_target_": "experiment.report.write_report", "run_dir": str(marker)}
+    saved(run, config={**run.config, "sde": sde})
+    with pytest.raises(RunError, match="outside sde_lib, score_models; refused"):
+        run_in(tmp_path).trained()
+    assert not marker.exists()
 
 
 def test_without_a_checkpoint_the_remedy_is_named(tmp_path):
@@ -407,10 +430,18 @@ def test_an_earlier_run_is_set_aside_whole_but_not_while_it_trains(tmp_path, cap
     assert (aside / "checkpoints" / path.name).read_bytes() == content
 
 
+def begun(run: Run) -> None:
+    """A first checkpoint: from now on there is something to lose."""
+    run.checkpoints.mkdir(parents=True)
+    (run.checkpoints / "step-00000001.pt").touch()
+
+
 def test_the_configuration_is_written_once_and_says_who_and_what(tmp_path):
     run = run_in(tmp_path, note="ünïcode", tiny=1e-5)
     run.path.mkdir()
+    run_in(tmp_path, note="refused before it began").write_config()
     run.write_config()
+    begun(run)
     text = (run.path / "config.yaml").read_bytes()
     assert yaml.safe_load(text) == run.config
     about = json.loads((run.path / "run.json").read_text())
@@ -427,6 +458,7 @@ def test_a_directory_with_other_choices_is_refused_and_they_are_listed(tmp_path)
     run = run_in(tmp_path)
     run.path.mkdir()
     run.write_config()
+    begun(run)
     other = run_in(tmp_path, width=16, seed=1, training={"steps": 99, "lr": 0.2})
     with pytest.raises(RunError) as caught:
         other.write_config()

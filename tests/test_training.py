@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -342,6 +343,25 @@ def spoil_the_gradient(loss: Tensor, factor: float) -> Tensor:
     return loss
 
 
+def test_as_many_iterations_are_skipped_as_allowed_and_one_more_stops(tmp_path):
+    def spoiled(model, x0, generator):
+        loss = OBJECTIVE(model, x0, generator)
+        return loss * math.nan if state.iteration in (1, 4) else loss
+
+    state = small_state()
+    _, events = train(state, tmp_path, replace(SHORT, max_skipped=2), objective=spoiled)
+    assert state.skipped == 2 and state.iteration == SHORT.steps
+    assert [values["train/skipped"] for kind, _, values in events if kind == "log"][-1] == 2
+    assert all(bool(w.isfinite().all()) for w in state.model.parameters())
+    restored = small_state()
+    restored.load(state.state_dict() | {"iteration": state.iteration})
+    assert restored.skipped == 2, "the count survives a resume"
+
+    state = small_state()
+    with pytest.raises(RunError, match="at iteration 4, after 1 skipped"):
+        train(state, tmp_path, replace(SHORT, max_skipped=1), objective=spoiled)
+
+
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize("spoil", [multiply, spoil_the_gradient])
 def test_what_is_not_finite_stops_before_the_update_and_the_batch_is_saved(
@@ -361,7 +381,7 @@ def test_what_is_not_finite_stops_before_the_update_and_the_batch_is_saved(
         train(state, tmp_path / "run", objective=spoiled)
 
     (path,) = (tmp_path / "run").iterdir()
-    for words in ("at iteration 3;", "weights are as before", str(path), "training.lr"):
+    for words in ("at iteration 3,", "weights are as before", str(path), "training.lr"):
         assert words in str(caught.value)
     assert state.iteration == 3 and len(batches) == 4
     assert_same(state.state_dict(), straight.state_dict())

@@ -271,7 +271,7 @@ def saved(run: Run, iteration: int = 7, config: dict | None = None):
 
 def test_a_run_is_refused_before_anything_is_built(tmp_path):
     for changes, words in (
-        ({"data": {"path": "???"}, "seed": "???"}, "missing: seed=..., data.path=..."),
+        ({"data": {"path": "???"}, "seed": "???"}, "missing: data.path=..., seed=..."),
         ({"sde": {"_target_": "os.mkdir"}}, "configuration: sde._target_=os.mkdir"),
         ({"run": {"root": "runs", "name": " "}}, "run.name must be a non-empty path; got ' '"),
         ({"run": {"root": None, "name": "x"}}, "run.root must be a non-empty path; got None"),

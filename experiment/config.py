@@ -126,8 +126,14 @@ def fill_measured(config: Mapping[str, Any], **measured: Any) -> dict[str, Any]:
 def differences(
     old: Mapping[str, Any], new: Mapping[str, Any], ignore: Iterable[str] = ()
 ) -> list[str]:
-    """Leaves in which two configurations differ, as ``key: old -> new``, but for keys below
-    ``ignore``.
+    """Leaves in which two configurations differ, as ``key: old -> new``.
+
+    Args:
+        old: What was stored.
+        new: What is asked for.
+        ignore: Keys to pass over, with all below them.
+
+    An absent key and ``null`` are the same, so that a later version may add an option.
     """
 
     def leaves(config: Mapping[str, Any]) -> dict[str, Any]:

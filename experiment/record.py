@@ -116,11 +116,10 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     """The row of a line, or None if the line is blank or torn."""
     try:
         row = json.loads(line)
-    except ValueError:  # also bytes that are no UTF-8
+        odd = row.pop(NONFINITE, {})
+        return row | {name: float(word) for name, word in odd.items()}
+    except (ValueError, TypeError, AttributeError):  # no JSON, no UTF-8, or not of our making
         return None
-    if not isinstance(row, dict):
-        return None
-    return row | {name: float(word) for name, word in row.pop(NONFINITE, {}).items()}
 
 
 def _stands(line: bytes, iteration: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def sde(request: pytest.FixtureRequest):  # noqa: ANN201
 def any_sde(request: pytest.FixtureRequest):  # noqa: ANN201
     """Each process, the derived ones too."""
     return request.param
+
+
+@pytest.fixture
+def no_data_by_chance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the variable nor the folder ``data`` of the place the tests are started from."""
+    monkeypatch.delenv("SCORE_SDE_DATA", raising=False)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
 
 
 @pytest.fixture

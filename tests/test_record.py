@@ -69,7 +69,9 @@ def test_no_record_reads_as_no_rows(tmp_path: Path) -> None:
     assert Record(tmp_path).cut(10) == 0
 
 
-@pytest.mark.parametrize("torn", [b'{"train/iteration": 2, "train/lo', b"\xff\xfe", b"[1]", b"3"])
+@pytest.mark.parametrize(
+    "torn", [b'{"train/iteration": 2, "train/lo', b"\xff\xfe", b"[1]", b"3", b'{"nonfinite": 1}']
+)
 def test_a_torn_line_costs_itself_and_no_other(tmp_path: Path, torn: bytes) -> None:
     record = Record(tmp_path)
     record.log({}, 1)

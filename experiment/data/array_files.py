@@ -140,21 +140,26 @@ def _levels(name: str, values: numpy.ndarray, levels: int | None) -> int | None:
 
 def _refuse_bytes(name: str, values: numpy.ndarray) -> None:
     """Levels dressed up as floats have no density, so a likelihood of them means nothing."""
-    low, high = values.min(), values.max()
-    if not 0 <= low < high <= 255:  # constants, and where NaN is about: reported later
+    low, high, near = values.min(), values.max(), 255 * numpy.finfo(values.dtype).eps
+    if not -1 <= low < high <= 255:  # constants, and where NaN is about: reported later
         return
-    scaled = values * 255.0
-    if numpy.array_equal(values, numpy.rint(values)):
-        remedy = "values.astype('uint8')"
-    elif high <= 1 and numpy.abs(scaled - numpy.rint(scaled)).max() < 1e-3:
-        remedy = "(255 * values).round().astype('uint8')"
+    values = values.astype(numpy.float64)
+    if low >= 0 and _whole(values, 0):
+        steps, remedy = "1", "values.astype('uint8') and pass data.levels=K, how many there can be"
+    elif low >= 0 and high <= 1 and _whole(values * 255.0, near):
+        steps, remedy = "1/255", "(255 * values).round().astype('uint8')"
+    elif high <= 1 and _whole((values + 1.0) * 127.5, near):
+        steps, remedy = "2/255", "(127.5 * (values + 1)).round().astype('uint8')"
     else:
         return
     raise ValueError(
         f"{name}: the {values.dtype} data look like bytes (range {low:g} to {high:g}, all on "
-        f"steps of 1{'' if high > 1 else ' or 1/255'}); taken as continuous their density has no "
-        f"meaning. Save {remedy} and pass data.levels=256."
+        f"steps of {steps}); taken as continuous their density has no meaning. Save {remedy}."
     )
+
+
+def _whole(values: numpy.ndarray, tolerance: float) -> bool:
+    return bool(numpy.abs(values - numpy.rint(values)).max() <= tolerance)
 
 
 def _tensor(name: str, values: numpy.ndarray, levels: int | None) -> Tensor:

@@ -21,6 +21,7 @@ from experiment.data.unpickle import load_bytes
 from experiment.errors import RunError
 
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+SIZES = 50_000, 10_000
 TILE = 32
 
 
@@ -39,7 +40,7 @@ def cifar10(root: str | Path | None = None) -> Dataset:
             variable SCORE_SDE_DATA, else ``data``.
 
     Raises:
-        RunError: If nothing is found, or a file is damaged.
+        RunError: If nothing is found, a file is damaged, or images are missing.
     """
     base = data_root(root)
     folders = [base / "cifar10", base / "cifar-10", base]
@@ -47,10 +48,21 @@ def cifar10(root: str | Path | None = None) -> Dataset:
         for pattern, read in _READERS.items():
             if (folder / pattern).exists():
                 train, test = read(folder / pattern)
+                _check_sizes(folder / pattern, train, test)
                 return Dataset("cifar10", train, test, levels=256)
     raise missing(
         "cifar10", [" or ".join(_READERS)], folders, "https://www.cs.toronto.edu/~kriz/cifar.html"
     )
+
+
+def _check_sizes(path: Path, *parts: Tensor) -> None:
+    """A figure on a part of the test set must not go under the name of the whole."""
+    found, wanted = (" + ".join(f"{n:,}" for n in sizes) for sizes in (map(len, parts), SIZES))
+    if found != wanted:
+        raise RunError(
+            f"cifar10: {path} leads to {found} images, and CIFAR-10 has {wanted}. Get it again, "
+            "or read a part of it with data=arrays."
+        )
 
 
 def _from_batches(folder: Path) -> tuple[Tensor, Tensor]:

@@ -92,8 +92,7 @@ class LogNormalSigma(TimeSampler):
         if not self.reweight:
             return t, torch.ones_like(u)
         level = sde.level(t)
-        rate = 0.5 * (level.diffusion / level.sigma) ** 2  # d log rho / dt
-        density = normal.log_prob(log_rho).exp() / (last - first) * rate
+        density = normal.log_prob(log_rho).exp() / (last - first) * level.clock_rate
         return t, 1 / (density * (sde.t_max - sde.t_min))
 
 
@@ -144,5 +143,5 @@ class ImportanceTimes(TimeSampler):
         width = edges[1] - edges[0]
         t = sde.time_at(-2 * (edges[cell] + within.clamp(0, 1) * width))
         level = sde.level(t)
-        density = mass[cell] / width * 0.5 * (level.diffusion / level.sigma) ** 2
+        density = mass[cell] / width * level.clock_rate
         return t, 1 / (density * (sde.t_max - sde.t_min))

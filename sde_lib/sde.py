@@ -40,6 +40,21 @@ class Level(NamedTuple):
         """The ratio rho = sigma / alpha, the noise scale of y = x / alpha."""
         return self.sigma / self.alpha
 
+    @property
+    def clock_rate(self) -> Tensor:
+        r"""Speed of the clock, :math:`d \log\rho / dt = g^2 / (2 \sigma^2)`."""
+        return 0.5 * (self.diffusion / self.sigma) ** 2
+
+    def transition(self, later: Level) -> tuple[Tensor, Tensor]:
+        r"""Factor a and variance v of the forward transition :math:`N(a x, v)` from here to
+        ``later``.
+
+        .. math::  a = \alpha' / \alpha, \qquad v = \sigma'^2 - a^2 \sigma^2
+        """
+        a = later.alpha / self.alpha
+        variance = later.sigma**2 - (a * self.sigma) ** 2
+        return a, variance.clamp(min=0)  # a tiny step may round below 0 in float32
+
     def like(self, x: Tensor) -> Level:
         """This level on the device of ``x``, in its dtype; ``t`` keeps float64, since clocks are
         steep.

@@ -165,6 +165,27 @@ def test_level_noise_and_denoised_rebuild_the_state(any_sde: SDE) -> None:
     assert_close(rebuilt + level.expand_like(x).sigma * level.noise(score), x)
 
 
+def test_transitions_compose_and_carry_the_marginal_along(any_sde: SDE) -> None:
+    early, middle, late = (any_sde.level(t) for t in times(any_sde)[[0, 17, 33]])
+    (a1, v1), (a2, v2), (a, v) = (
+        early.transition(middle),
+        middle.transition(late),
+        early.transition(late),
+    )
+    assert_close(a1 * a2, a)
+    assert_close(a2**2 * v1 + v2, v)
+    assert_close(a**2 * early.sigma**2 + v, late.sigma**2)
+    assert early.transition(early)[1] == 0
+
+
+def test_the_clock_runs_at_its_stated_rate(any_sde: SDE) -> None:
+    t = times(any_sde)
+    rate = torch.func.jvp(
+        lambda s: (any_sde.sigma(s) / any_sde.alpha(s)).log(), (t,), (torch.ones_like(t),)
+    )[1]
+    assert_close(any_sde.level(t).clock_rate, rate)
+
+
 def test_prior_log_prob_equals_that_of_torch(any_sde: SDE) -> None:
     x = any_sde.prior_sample(
         (5, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.float64

@@ -59,10 +59,9 @@ class Heun(FixedStepSampler):
         ratio = sde.level(times).noise_ratio
         gamma = min(self.churn / self.steps, math.sqrt(2) - 1)
         churned = (ratio >= self.churn_from) & (ratio <= self.churn_to) & (gamma > 0)
-        churned[0] &= (
-            sde.time_at(-2 * torch.log(ratio[0] * (1 + gamma))) > times[0]
-        )  # no time above t_max
-        raised = torch.where(churned, sde.time_at(-2 * torch.log(ratio * (1 + gamma))), times)
+        above = sde.time_at(-2 * torch.log(ratio * (1 + gamma)))
+        churned[0] &= above[0] > times[0]  # no time above t_max
+        raised = torch.where(churned, above, times)
         moves: list[Move] = []
         levels, raised_levels = sde.level(times).rows(), sde.level(raised).rows()
         for i, (now, nxt) in enumerate(pairwise(levels)):
@@ -73,10 +72,8 @@ class Heun(FixedStepSampler):
 
     def raise_noise(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         """One exact forward transition from ``now`` up to the noisier ``nxt``; no evaluation."""
-        a = nxt.alpha / now.alpha
-        variance = nxt.sigma**2 - (a * now.sigma) ** 2
-        fresh = variance.clamp(min=0).sqrt()  # a tiny churn may round below 0 in float32
-        return a * x + self.churn_noise * fresh * noise()
+        a, variance = now.transition(nxt)
+        return a * x + self.churn_noise * variance.sqrt() * noise()
 
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         d_rho = nxt.noise_ratio - now.noise_ratio

@@ -68,8 +68,7 @@ class ReverseDiffusion(FixedStepSampler):
     stochastic: ClassVar[bool] = True
 
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        a = now.alpha / nxt.alpha
-        v = now.sigma**2 - (a * nxt.sigma) ** 2
+        a, v = nxt.transition(now)
         return (2 - a) * x + v * score(x, now.t) + v.sqrt() * noise()
 
 
@@ -106,9 +105,8 @@ class Ancestral(FixedStepSampler):
         eps_hat = now.noise(score(x, now.t))
         x0_hat = (x - now.sigma * eps_hat) / now.alpha
         kept = nxt.noise_ratio / now.noise_ratio
-        fresh = (
-            self.eta * nxt.sigma * torch.sqrt(1 - kept**2)
-        )  # std of new noise; the rest of sigma is old
+        # standard deviation of the new noise; the rest of sigma is old
+        fresh = self.eta * nxt.sigma * torch.sqrt(1 - kept**2)
         x = nxt.alpha * x0_hat + torch.sqrt(nxt.sigma**2 - fresh**2) * eps_hat
         return x + fresh * noise() if self.stochastic else x
 

@@ -132,14 +132,13 @@ class _ReverseProblem:
         if self.latest is None or self.latest[0] != elapsed:
             clock = torch.tensor(self.start - elapsed * self.per_step, dtype=torch.float64)
             level = self.flow.level_at(clock)
-            self.latest = elapsed, level, (level.sigma / self.flow.scale(level)).to(z)
+            self.latest = elapsed, level, self.flow.noise_share(level).to(z)
         return self.latest[1:]
 
     def f(self, elapsed: Tensor, z: Tensor) -> Tensor:
         level, share = self._level(elapsed, z)
-        velocity = self.flow.scaled_velocity(z.reshape(self.shape), level).flatten(1)
-        noise_part = velocity + share.square() * z  # share * eps_hat
-        return -self.per_step * (velocity + self.eta**2 * noise_part)
+        noise_part = self.flow.noise_part(z.reshape(self.shape), level).flatten(1)
+        return -self.per_step * ((1 + self.eta**2) * noise_part - share.square() * z)
 
     def g(self, elapsed: Tensor, z: Tensor) -> Tensor:
         return (self.eta * (2 * self.per_step) ** 0.5 * self._level(elapsed, z)[1]).expand_as(z)

@@ -1,6 +1,4 @@
-"""Checkpoints: written in one step, checked by digest, loaded without running anything they
-contain.
-"""
+"""Checkpoints: written in one step, checked by digest, loaded without running what they hold."""
 
 from __future__ import annotations
 
@@ -103,9 +101,7 @@ def _remove_stray_digests(folder: Path) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in ``folder`` by iteration, the newest last; found by scanning, there is no
-    index.
-    """
+    """All checkpoints in ``folder`` by iteration, the newest last; found by scanning."""
     return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))
 
 

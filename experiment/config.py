@@ -69,9 +69,7 @@ def check_targets(config: Mapping[str, Any], source: str, rooms: tuple[str, ...]
 
 
 def _defined_in(target: str, room: str) -> bool:
-    """Whether ``target`` belongs to ``room``, and is not merely reachable through it (as
-    sde_lib.x.torch is).
-    """
+    """Whether ``target`` is of ``room``, not only reachable through it (sde_lib.x.torch)."""
     names = target.split(".")
     for split in range(len(names) - 1, 0, -1):
         module = ".".join(names[:split])

@@ -137,9 +137,7 @@ class Run:
         return ScoreModel(self.build("network"), self.build("sde"), self.build("parameterization"))
 
     def measured(self, data: Dataset) -> Run:
-        """This run with what the data decide filled in: the shape of a sample and the spread of
-        its values.
-        """
+        """This run with what the data decide filled in: shape and spread of a sample."""
         probe = torch.Generator().manual_seed(0)
         values = data.units.encode(data.train[:4096], probe)
         std = float(f"{values.std(correction=0):.6g}")

@@ -156,9 +156,7 @@ def draw_pictures(
 
 
 def _visible(state: Tensor) -> Tensor:
-    """A noisy state shrunk into the range of the data: the noise of a VE process would be all
-    black and white.
-    """
+    """A noisy state shrunk into the range of the data; that of VE would be all black and white."""
     spread = state.flatten(1).abs().quantile(0.9, dim=1).clamp(min=1.0)
     return state / spread.reshape(-1, *(1,) * (state.ndim - 1))
 

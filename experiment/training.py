@@ -119,9 +119,7 @@ class State:
             average.copy_(buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on to the bit; batches and noise are functions of (seed,
-        iteration).
-        """
+        """What is needed to go on to the bit; batches and noise follow from (seed, iteration)."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -161,9 +159,7 @@ class Batches:
             )
 
     def __call__(self, iteration: int) -> Tensor:
-        """Indices [batch_size] of iteration ``iteration``, counted from 0; an epoch's rest opens
-        the next batch.
-        """
+        """Indices [batch_size] of an iteration, from 0; an epoch's rest opens the next batch."""
         start = iteration * self.batch_size
         first, last = start // self.size, (start + self.batch_size - 1) // self.size
         shuffled = torch.cat([self._epoch(epoch) for epoch in range(first, last + 1)])

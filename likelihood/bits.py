@@ -1,6 +1,4 @@
-"""Bits per dimension of K-level data from a density in nats; the derivation is in
-docs/bits-per-dim.md.
-"""
+"""Bits per dimension of K-level data from a density in nats; derived in docs/bits-per-dim.md."""
 
 from __future__ import annotations
 

@@ -63,9 +63,7 @@ class UniformDequantization:
         return levels.clamp(0, self.levels - 1)
 
     def decode(self, x: Tensor) -> Tensor:
-        """The level [B, ...] in whose bin each point lies; points outside go to the nearest
-        level.
-        """
+        """The level [B, ...] in whose bin each point lies; outside of all, the nearest."""
         return self._bins(x).to(torch.uint8 if self.levels <= 256 else torch.int64)
 
     def measure(self, log_prob: Tensor, shape: tuple[int, ...]) -> Tensor:

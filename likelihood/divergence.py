@@ -33,9 +33,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def traces(self, value: Tensor, x: Tensor, probes: Tensor) -> Tensor:
-        """Estimates [k, B] of the divergence of ``value`` [B, ...], a differentiable function of
-        ``x``.
-        """
+        """Estimates [k, B] of the divergence of ``value`` [B, ...], a function of ``x``."""
 
     def standard_error(self, estimates: Tensor) -> Tensor:
         """Of the mean of k ``estimates`` [k, B]: [B]; NaN for one, which cannot say."""

@@ -1,6 +1,4 @@
-"""Units of continuous data: an affine map to order one, whose volume change every density
-carries.
-"""
+"""Units of continuous data: an affine map whose volume change every density carries."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ class Standardization:
 
     @classmethod
     def of(cls, values: Tensor) -> Standardization:
-        """Zero mean and unit variance: of each coordinate of vectors [N, d], else of each channel
-        [N, C, ...].
-        """
+        """Zero mean, unit variance: by coordinate of [N, d], else by channel of [N, C, ...]."""
         values = values.double()
         rows = values.transpose(0, 1).flatten(1)
         shape = (-1,) + (1,) * (values.ndim - 2)

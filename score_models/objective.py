@@ -17,9 +17,7 @@ Weight = Callable[[Level], Tensor]
 
 
 def noise_regression(level: Level) -> Tensor:
-    r""":math:`\lambda = \sigma^2`: the plain squared error of the noise (Ho et al. 2020,
-    L_simple).
-    """
+    r""":math:`\lambda = \sigma^2`: plain squared error of the noise (Ho et al. 2020, L_simple)."""
     return level.sigma**2
 
 

@@ -62,9 +62,7 @@ class Data(Parameterization):
 
 
 class Score(Parameterization):
-    r"""The network estimates the score itself, of z = x / sqrt(alpha² + sigma²): :math:`F = \nabla
-    \log p(z)`.
-    """
+    r"""The network estimates :math:`\nabla \log p(z)` of z = x / sqrt(alpha² + sigma²)."""
 
     def skip(self, rho: Tensor) -> Tensor:
         return torch.ones_like(rho)

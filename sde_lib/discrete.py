@@ -174,9 +174,7 @@ class MonotoneCubic:
         return (cubic + outside).to(t.dtype)
 
     def inverse(self, y: Tensor) -> Tensor:
-        """The time at which a decreasing interpolant is ``y`` [...], float64; the nearest end
-        beyond the range.
-        """
+        """The time at which a falling interpolant is ``y`` [...], float64; kept in range."""
         v, m = self.on(y.device)
         index = (torch.searchsorted(-v, -y.contiguous()) - 1).clamp(0, len(v) - 2)
         v0, m0, m1, rise = v[index], m[index], m[index + 1], v[index + 1] - v[index]

@@ -39,9 +39,7 @@ class Grid(ABC):
 
 @dataclass(frozen=True)
 class UniformTime(Grid):
-    """Even steps in t, as in Song et al. 2021; for EDM, whose t is sigma, prefer
-    :class:`Karras`.
-    """
+    """Even steps in t (Song et al. 2021); for EDM, whose t is sigma, prefer :class:`Karras`."""
 
     def times(self, sde: SDE, fractions: Tensor) -> Tensor:
         return sde.t_max + fractions * (sde.t_min - sde.t_max)
@@ -49,9 +47,7 @@ class UniformTime(Grid):
 
 @dataclass(frozen=True)
 class UniformLogSNR(Grid):
-    """Even steps in log SNR, the natural clock of exponential integrators (Lu et al., DPM-Solver,
-    2022).
-    """
+    """Even steps in log SNR, clock of exponential integrators (Lu et al., DPM-Solver, 2022)."""
 
     def times(self, sde: SDE, fractions: Tensor) -> Tensor:
         low, high = sde.log_snr_range()

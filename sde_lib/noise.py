@@ -52,9 +52,7 @@ class PerSample:
 
 
 def _mixed(seed: int) -> int:
-    """32 bits that depend on all 63 of ``seed``: torch's CPU generator drops the upper half
-    without a word.
-    """
+    """32 bits that depend on all 63 of ``seed``: torch's CPU generator ignores the upper half."""
     return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
 
 

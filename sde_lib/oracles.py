@@ -1,6 +1,4 @@
-"""Densities with everything in closed form at every noise level: what the rest is checked
-against.
-"""
+"""Densities with everything in closed form at every noise level: what the rest is held to."""
 
 from __future__ import annotations
 
@@ -27,9 +25,7 @@ class Oracle(ABC):
     def log_prob(
         self, x: Tensor, sde: SDE | None = None, t: Tensor | float | None = None
     ) -> Tensor:
-        """Log-density [B] in nats at ``x`` [B, ...]: of the data, or of x_t if ``sde`` and ``t``
-        are given.
-        """
+        """Log-density [B] in nats at ``x`` [B, ...]: of data, or of x_t at ``t`` of ``sde``."""
         return self._log_prob(x, *self._scales(x, sde, t))
 
     def score(self, sde: SDE) -> Callable[[Tensor, Tensor], Tensor]:
@@ -180,9 +176,7 @@ class GaussianMixture(Oracle):
     def _components(
         self, x: Tensor, alpha: Tensor, sigma: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log of weight times density [B, K], deviation and variance [B, K, D] of every
-        component.
-        """
+        """Log of weight times density [B, K], deviation and variance [B, K, D], by component."""
         alpha, sigma = alpha.unsqueeze(-1), sigma.unsqueeze(-1)
         deviation = x.reshape(len(x), 1, -1) - alpha * self.means.to(x)
         variance = alpha**2 * self.variances.to(x) + sigma**2

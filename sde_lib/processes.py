@@ -1,6 +1,4 @@
-"""The processes of the field; each is four scalar functions of time and says so in its
-docstring.
-"""
+"""The processes of the field: each four scalar functions of time, stated in its docstring."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Time reversal: the family of reverse SDEs, and the probability-flow ODE in coordinates that suit
-solvers.
-"""
+"""Time reversal: the reverse SDEs, and the probability-flow ODE in coordinates for solvers."""
 
 from __future__ import annotations
 
@@ -110,7 +108,5 @@ class ProbabilityFlow:
 def probability_flow(
     sde: SDE, score: Score, *, log_prior: Callable[[Tensor], Tensor] | None = None
 ) -> ProbabilityFlow:
-    """The deterministic flow that shares its marginals with ``sde``; see
-    :class:`ProbabilityFlow`.
-    """
+    """The flow that shares its marginals with ``sde``; see :class:`ProbabilityFlow`."""
     return ProbabilityFlow(sde, score, log_prior)

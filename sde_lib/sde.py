@@ -56,9 +56,7 @@ class Level(NamedTuple):
         return a, variance.clamp(min=0)  # a tiny step may round below 0 in float32
 
     def like(self, x: Tensor) -> Level:
-        """This level on the device of ``x``, in its dtype; ``t`` keeps float64, since clocks are
-        steep.
-        """
+        """This level where ``x`` is, in its dtype; ``t`` stays float64, since clocks are steep."""
         return Level(self.t.to(x.device), *(c.to(x) for c in self[1:]))
 
     def rows(self) -> list[Level]:
@@ -70,9 +68,7 @@ class Level(NamedTuple):
         return Level(*(expand_like(c, x) for c in self))
 
     def noise(self, score: Tensor) -> Tensor:
-        r"""Noise estimate :math:`\hat\varepsilon = -\sigma s`, the expectation of the noise given
-        x_t.
-        """
+        r"""Noise estimate :math:`\hat\varepsilon = -\sigma s`, the expected noise given x_t."""
         return -expand_like(self.sigma, score) * score
 
     def denoised(self, x: Tensor, score: Tensor) -> Tensor:
@@ -118,9 +114,7 @@ class SDE(ABC):
         return expand_like(self.drift_rate(t).to(x.dtype), x) * x
 
     def marginal(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [B, ...] and standard deviation (shape of ``t``) of x_t given x_0 = ``x0`` [B,
-        ...].
-        """
+        """Mean [B, ...] and standard deviation (like ``t``) of x_t given ``x0`` [B, ...]."""
         return expand_like(self.alpha(t).to(x0.dtype), x0) * x0, self.sigma(t)
 
     def level(self, t: Tensor) -> Level:
@@ -128,9 +122,7 @@ class SDE(ABC):
         return Level(t, self.alpha(t), self.sigma(t), self.drift_rate(t), self.diffusion(t))
 
     def log_snr(self, t: Tensor) -> Tensor:
-        r"""Log signal-to-noise ratio :math:`\log(\alpha^2 / \sigma^2)`, strictly decreasing in
-        ``t``.
-        """
+        r"""Log signal-to-noise ratio :math:`\log(\alpha^2 / \sigma^2)`, falling in ``t``."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def log_snr_range(self) -> tuple[float, float]:
@@ -157,9 +149,7 @@ class SDE(ABC):
 
     @cached_property
     def _clock_table(self) -> tuple[Tensor, Tensor]:
-        """log t and the log SNR there, 1025 rows, float64; a process does not change, so it is
-        made once.
-        """
+        """log t and the log SNR there, 1025 rows, float64; made once: a process stays the same."""
         log_t = torch.linspace(
             math.log(self.t_min), math.log(self.t_max), 1025, dtype=torch.float64
         )

@@ -1,6 +1,4 @@
-"""Checkpoints: every bit comes back, every damage is noticed, and a crash costs one save at
-most.
-"""
+"""Checkpoints: every bit comes back, damage is noticed, a crash costs one save at most."""
 
 from __future__ import annotations
 

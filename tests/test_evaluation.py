@@ -1,6 +1,4 @@
-"""The likelihood of a test set under models whose density is known: the number, its error, its
-units.
-"""
+"""The likelihood of a test set under models of known density: number, error and units."""
 
 from __future__ import annotations
 

@@ -21,9 +21,7 @@ def full_gaussian(dims=5):
 
 
 def exact_flow(sde, data):
-    """The flow of the exact score, closed by the exact density at t_max: what is left is
-    integration error.
-    """
+    """The flow of the exact score and the exact prior: what is left is integration error."""
     return probability_flow(
         sde, data.score(sde), log_prior=lambda x: data.log_prob(x, sde, sde.t_max)
     )

@@ -11,9 +11,7 @@ IMAGES = [(1, 8, 8), (3, 9, 13), (2, 15, 8), (4, 28, 28)]
 
 
 def randomised(network):
-    """Networks start as zero; give every weight something, so that derivatives are of
-    something.
-    """
+    """Networks start as zero; fill every weight, so that derivatives are of something."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in network.parameters():

@@ -15,9 +15,7 @@ PROCESSES = [VPSDE(), SubVPSDE(), VESDE(), EDMSDE(), CosineSDE(), DiscreteSDE.li
 
 
 class Truth(nn.Module):
-    """A network that outputs exactly what its parameterization asks for, given x_0 and the
-    noise.
-    """
+    """A network that outputs just what its parameterization asks for, given x_0 and noise."""
 
     def __init__(self, target) -> None:
         super().__init__()

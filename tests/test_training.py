@@ -1,6 +1,4 @@
-"""The training loop: it reaches the floor, a stop changes no bit, and nothing bad goes in
-silently.
-"""
+"""The training loop: it reaches the floor, a stop changes no bit, nothing bad enters silently."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Networks: any module (x, noise_level, cond) -> output of the shape of x will do; these are
-ours.
-"""
+"""Networks: any module (x, noise_level, cond) -> output shaped like x will do; these are ours."""
 
 from score_models.networks.mlp import MLP
 from score_models.networks.unet import UNet

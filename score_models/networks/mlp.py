@@ -52,9 +52,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Output [B, d] at scaled input ``x`` [B, d] and ``noise_level`` = log(sigma / alpha)
-        [B].
-        """
+        """Output [B, d] at scaled input ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
         refuse_cond("MLP", cond)
         level = self.embedding(noise_level)
         angles = x @ self.directions.to(x)

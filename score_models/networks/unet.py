@@ -88,9 +88,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Output [B, C, H, W] at scaled input ``x`` [B, C, H, W] and ``noise_level`` = log(sigma /
-        alpha) [B].
-        """
+        """Output [B, C, H, W] at scaled ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
         refuse_cond("UNet", cond)
         level = self.embedding(noise_level)
         h = self.enter(x)
@@ -115,9 +113,7 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class _Stage(nn.Module):
-    """Residual block with the noise level as a scale and shift, and attention after it if
-    ``heads`` > 0.
-    """
+    """Residual block, scaled and shifted by the noise level; attention after it if ``heads``."""
 
     def __init__(
         self, before: int, after: int, level_width: int, dropout: float, heads: int

@@ -1,6 +1,4 @@
-"""Langevin dynamics: as a corrector after each predictor step, and annealed over the noise
-levels.
-"""
+"""Langevin dynamics: a corrector after each step, or annealed over the noise levels."""
 
 from __future__ import annotations
 

@@ -113,8 +113,6 @@ class Ancestral(FixedStepSampler):
 
 @dataclass(frozen=True)
 class DDIM(Ancestral):
-    """:class:`Ancestral` that draws no fresh noise unless eta asks for it: the probability flow,
-    first order.
-    """
+    """:class:`Ancestral` without fresh noise by default: first order on the probability flow."""
 
     eta: float = 0.0

@@ -55,7 +55,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(RECIPES)}")
     print(
-        "| choices | test set | above the entropy | iterations | this time |\n"
+        "| choices | test set | above the entropy | iterations | time |\n"
         + "| --- " * 5
         + "|"
     )

@@ -23,12 +23,12 @@ from omegaconf.errors import OmegaConfBaseException  # noqa: E402
 
 def instantiate(node: Mapping[str, Any]) -> Any:  # noqa: ANN401
     """The object that a configuration node names; its constructor's complaint passes as it is."""
+    from experiment.config import refusal
+
     try:
         return hydra.utils.instantiate(node, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError | OSError | ImportError | RuntimeError):
-            raise error.__cause__ from None
-        raise ValueError(f"{node.get('_target_')}: {error.__cause__ or error}") from error
+        raise refusal(node, error.__cause__ or error) from error
 
 
 def compose(overrides: list[str]) -> dict[str, Any]:
@@ -57,7 +57,8 @@ def main(config: DictConfig) -> None:
     """Compose, build, run one mode."""
     from experiment.run import Run
 
-    report_errors(lambda: Run(OmegaConf.to_container(config, resolve=True), instantiate).go())
+    plain = OmegaConf.to_container(config, resolve=True)
+    report_errors(lambda: Run(plain, instantiate, OVERRIDES).go())
 
 
 def report_errors(action: Callable[[], None]) -> None:

@@ -54,11 +54,7 @@ def main() -> None:
     unknown = [name for name in options.names if name not in RECIPES]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(RECIPES)}")
-    print(
-        "| choices | test set | above the entropy | iterations | time |\n"
-        + "| --- " * 5
-        + "|"
-    )
+    print("| choices | test set | above the entropy | iterations | time |\n" + "| --- " * 5 + "|")
     for name in options.names or RECIPES:
         print(measure(options.root, RECIPES[name]), flush=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -150,6 +151,33 @@ def differences(
     ]
 
 
+def asked_for(changes: Iterable[str], overrides: Iterable[str]) -> list[str]:
+    """Those ``changes`` (see :func:`differences`) that an override asked for."""
+    keys = [f"{_key(override)}." for override in overrides]
+    return [c for c in changes if any(f"{c.partition(':')[0]}.".startswith(key) for key in keys)]
+
+
+def refusal(node: Mapping[str, Any], cause: BaseException) -> BaseException:
+    """The error to report when the object that ``node`` names cannot be built.
+
+    A constructor's own complaint passes as it is; an argument that it does not know is answered
+    with those it takes.
+
+    Args:
+        node: Its configuration.
+        cause: What its constructor, or that of a part of it, raised.
+    """
+    if isinstance(cause, ValueError | OSError | ImportError | RuntimeError):
+        return cause
+    unknown = re.match(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword", str(cause))
+    for key, target in walk(node):
+        if unknown and key.split(".")[-1] == "_target_" and target.endswith(f".{unknown[1]}"):
+            room, _, name = target.rpartition(".")
+            taken = inspect.signature(getattr(importlib.import_module(room), name)).parameters
+            return ValueError(f"{target}: {cause}; it takes {', '.join(taken) or 'nothing'}.")
+    return ValueError(f"{node.get('_target_')}: {cause}")
+
+
 def choices(folder: Path) -> dict[str, list[str]]:
     """The groups of a configuration folder and what can be chosen in each, sorted."""
     groups = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -190,20 +218,28 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
 
 
 def check_added(overrides: Iterable[str], known: Iterable[str]) -> None:
-    """Catch a typo behind ``+`` or ``++``, which adds a key that nothing reads.
+    """Catch a key behind ``+`` or ``++`` that nothing reads.
 
     Raises:
-        RunError: If an added key is close to one that exists.
+        RunError: If an added key is close to one that exists, or outside every class.
     """
     known = list(known)
     for override in overrides:
         key = _key(override)
-        if override.startswith("+") and key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-            if close:
-                raise RunError(
-                    f"+{key} adds a key that nothing reads; did you mean {close[0]} (without +)?"
-                )
+        if not override.startswith("+") or key in known or key.startswith("hydra."):
+            continue
+        above = [key[:i] for i, letter in enumerate(key) if letter == "."]
+        close = difflib.get_close_matches(key, {*known} - {*above}, n=1, cutoff=0.75)
+        if close:
+            raise RunError(
+                f"+{key} adds a key that nothing reads; did you mean {close[0]} (without +)?"
+            )
+        if not any(f"{node}._target_" in known for node in above):  # else its class will say
+            namesakes = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+            raise RunError(
+                f"+{key} adds a key that nothing reads; "
+                + (f"there is {', '.join(namesakes)}." if namesakes else _meant(key, known))
+            )
 
 
 def _key(override: str) -> str:

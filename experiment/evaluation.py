@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,18 @@ def evaluate(
     )
 
 
-def evaluated(run_dir: Path, iteration: int) -> bool:
-    """Whether ``likelihood.json`` holds an evaluation of this iteration."""
-    return any(row.get("iteration") == iteration for row in _rows(run_dir / "likelihood.json"))
+def evaluated(run_dir: Path, iteration: int, samples: int) -> bool:
+    """Whether ``likelihood.json`` has this run at this iteration, on as many ``samples``."""
+    return any(
+        row.get("iteration") == iteration and is_own(row) and row.get("num_samples", 0) >= samples
+        for row in _rows(run_dir / "likelihood.json")
+    )
+
+
+def is_own(row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in."""
+    name = str(row.get("checkpoint", ""))
+    return Path(name).name == name
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -186,7 +196,10 @@ def append_evaluation(
     settings: Likelihood,
     checkpoint: str,
 ) -> None:
-    """Add one row to ``likelihood.json``, with what it takes to repeat it."""
+    """Add one row to ``likelihood.json``, with what it takes to repeat it.
+
+    ``checkpoint`` is the name of a file of this run, or the path of another run's.
+    """
     path = run_dir / "likelihood.json"
     row = {key: value for key, value in asdict(result).items() if key != "per_sample"}
     row = {

@@ -15,6 +15,7 @@ from typing import Any
 
 from experiment import figures
 from experiment.canvas import write_picture
+from experiment.evaluation import is_own
 from experiment.page import page
 from experiment.record import ITERATION, Record
 
@@ -174,7 +175,10 @@ def _facts(about: Row, rows: Sequence[Row]) -> str:
 
 
 def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
-    """The evaluation of the highest iteration, a full one before a glance; of several the last."""
+    """The evaluation of the highest iteration, on most samples; of several the last.
+
+    A row of the record does not say how many; one of another run's checkpoint does not count.
+    """
     logged = [
         {
             "iteration": row[ITERATION],
@@ -186,8 +190,12 @@ def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
         for metric in UNITS
         if _number(row.get(f"eval/{metric}"))
     ]
-    everything = [*evaluations[::-1], *logged[::-1]]  # max keeps the first of equals
-    return max(everything, key=lambda row: row["iteration"], default=None)
+    own = [row for row in evaluations if is_own(row)]
+    return max(
+        [*own[::-1], *logged[::-1]],  # max keeps the first of equals
+        key=lambda row: (row["iteration"], _number(n := row.get("num_samples")) and n),
+        default=None,
+    )
 
 
 def _table(evaluations: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,13 @@ from experiment.checkpoint import (
     stored_config,
     write_atomically,
 )
-from experiment.config import check_complete, check_targets, differences, fill_measured
+from experiment.config import (
+    asked_for,
+    check_complete,
+    check_targets,
+    differences,
+    fill_measured,
+)
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.progress import say
@@ -60,10 +66,12 @@ class Run:
     Args:
         config: Plain nested dicts.
         instantiate: Builds the object that one node of the configuration describes.
+        overrides: What of it was asked for on the command line, as ``key=value``.
     """
 
     config: Mapping[str, Any]
     instantiate: Callable[[Mapping[str, Any]], Any]
+    overrides: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_complete(self.config)
@@ -149,8 +157,8 @@ class Run:
         """The run, the EMA model, the file and the iteration of the newest checkpoint, or of
         ``checkpoint=PATH``.
 
-        Network, process and parameterization come from the configuration *stored with it*; the
-        rest is this run's own.
+        Network, process and parameterization come from the configuration *stored with it*, and
+        asking for others is an error; the rest is this run's own.
 
         Raises:
             RunError: If there is none, saying what to do; or if it cannot be used.
@@ -161,7 +169,11 @@ class Run:
         try:
             parts = {part: stored[part] for part in ("sde", "network", "parameterization")}
             trained_on = {"data": stored["data"]}
-        except (KeyError, TypeError) as error:
+            measured = {
+                "shape": parts["network"].get("shape"),
+                "data_std": parts["parameterization"].get("data_std"),
+            }
+        except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 path, f"its configuration lacks {error}", "pass a file written by mode=train"
             ) from error
@@ -173,6 +185,14 @@ class Run:
                 path,
                 f"it was trained on other data ({'; '.join(changed)})",
                 "choose the data that it was trained on",
+            )
+        own = fill_measured({part: self.config[part] for part in parts}, **measured)
+        other = asked_for(differences(parts, own), self.overrides)
+        if other:
+            raise CheckpointError(
+                path,
+                f"it holds a model of other choices ({'; '.join(other)})",
+                "leave these out, or train with them",
             )
         run = replace(self, config={**self.config, **parts})
         model = run.build_model()

@@ -46,41 +46,40 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     tracker = Safe(run.build("tracking"))
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
-    tracker.start(run.path, run.config, run.config["run"]["name"])
-    began = time.monotonic()
-    parts, seeds, states, nfe = [], [], [], 0
-    for start in range(0, num_samples, batch_size):
-        score = Counted(model.score)
-        indices = range(start, min(start + batch_size, num_samples))
-        streams = sample_streams(run.seed, "samples", indices, run.device())
-        trajectory = draw(score, model, sampler, data.shape, streams)
-        nfe = max(nfe, score.nfe)
-        parts.append(trajectory[-1].cpu())
-        seeds += streams.seeds
-        states = states or trajectory
-    seconds = time.monotonic() - began
-    values = data.units.decode(torch.cat(parts))
-    folder = run.path / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = f"{type(sampler).__name__.lower()}-{nfe}"
-    array = folder / f"samples-{iteration:08d}-{kind}.npz"
-    np.savez(
-        array,
-        samples=values.numpy(),
-        seeds=np.array(seeds, dtype=np.uint64),
-        nfe=nfe,
-        seconds=seconds,
-        sampler=repr(sampler),
-        checkpoint=str(path),
-    )
-    say(
-        f"{num_samples} samples by {type(sampler).__name__}, {nfe} evaluations each, "
-        f"{seconds:.1f} s: {array}"
-    )
-    picture = draw_pictures(run, model, data, iteration, values, states)
-    if picture is not None:
-        tracker.image("samples/grid", picture, iteration)
-    tracker.finish()
+    with tracker.watching(run.path, run.config, run.config["run"]["name"]):
+        began = time.monotonic()
+        parts, seeds, states, nfe = [], [], [], 0
+        for start in range(0, num_samples, batch_size):
+            score = Counted(model.score)
+            indices = range(start, min(start + batch_size, num_samples))
+            streams = sample_streams(run.seed, "samples", indices, run.device())
+            trajectory = draw(score, model, sampler, data.shape, streams)
+            nfe = max(nfe, score.nfe)
+            parts.append(trajectory[-1].cpu())
+            seeds += streams.seeds
+            states = states or trajectory
+        seconds = time.monotonic() - began
+        values = data.units.decode(torch.cat(parts))
+        folder = run.path / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        kind = f"{type(sampler).__name__.lower()}-{nfe}"
+        array = folder / f"samples-{iteration:08d}-{kind}.npz"
+        np.savez(
+            array,
+            samples=values.numpy(),
+            seeds=np.array(seeds, dtype=np.uint64),
+            nfe=nfe,
+            seconds=seconds,
+            sampler=repr(sampler),
+            checkpoint=str(path),
+        )
+        say(
+            f"{num_samples} samples by {type(sampler).__name__}, {nfe} evaluations each, "
+            f"{seconds:.1f} s: {array}"
+        )
+        picture = draw_pictures(run, model, data, iteration, values, states)
+        if picture is not None:
+            tracker.image("samples/grid", picture, iteration)
     say(f"report: {write_report(run.path)}")
 
 

@@ -21,8 +21,8 @@ import re
 import secrets
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,23 @@ class Safe(Tracker):
             raise
         except Exception as error:
             self._give_up("start", error)
+
+    @contextmanager
+    def watching(
+        self, run_dir: str | Path, config: Mapping[str, Any], name: str
+    ) -> Iterator[None]:
+        """Start, and finish however the block ends: as failed if it raises.
+
+        Raises:
+            RunError: As ``start`` does.
+        """
+        self.start(run_dir, config, name)
+        exit_code = 1
+        try:
+            yield
+            exit_code = 0
+        finally:
+            self.finish(exit_code)
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         """Pass on, unless the tracker has failed before."""

@@ -20,6 +20,7 @@ from experiment.checkpoint import (
     stored_config,
 )
 from experiment.data import Dataset
+from experiment.errors import RunError
 from experiment.evaluation import (
     Evaluation,
     Likelihood,
@@ -49,6 +50,11 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         run: The composed configuration.
         quick_samples: Samples of the grid drawn at each evaluation.
     """
+    if run.config["checkpoint"]:
+        raise RunError(
+            f"checkpoint={run.config['checkpoint']} is for mode=likelihood and mode=sample; "
+            "training goes on from the newest checkpoint of its own directory, run.root/run.name."
+        )
     validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
     likelihood: Likelihood = run.build("likelihood")
@@ -66,7 +72,9 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     with run.owned():
         run.write_config()
         resumed = _resume(run, state, settings)
-        if resumed and state.iteration >= settings.steps and evaluated(run.path, state.iteration):
+        whole = min(likelihood.max_samples or len(data.test), len(data.test))
+        scored = evaluated(run.path, state.iteration, whole)
+        if resumed and state.iteration >= settings.steps and scored:
             say(
                 f"already finished: {run.path} has {state.iteration} iterations. "
                 "`mode=likelihood` and `mode=sample` use it; training.steps=N goes on; "

@@ -161,9 +161,7 @@ def source(node: dict[str, Any], tmp_path: Path) -> Dataset:
     if "root" in node:
         root = Path(__file__).resolve().parents[2] / "shared" / "data"
         if not (root / name.replace("_", "-")).exists():
-            pytest.skip(
-                f"no files of {name}; tests/test_data_files.py reads small ones of its kind"
-            )
+            pytest.skip(f"no files of {name}; tests/test_data_*.py read small ones of its kind")
         return run.instantiate(node | {"root": str(root)})
     return run.instantiate(node)
 

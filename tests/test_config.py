@@ -22,6 +22,7 @@ from experiment.config import (
     differences,
     explain,
     fill_measured,
+    refusal,
     walk,
 )
 from experiment.data import Dataset
@@ -227,6 +228,28 @@ def test_a_typo_behind_a_plus_is_caught_and_a_new_key_is_not(known):
             check_added(["sde=vp", typo], known)
         assert f"did you mean {meant} (without +)?" in str(caught.value)
     check_added(["+sde.gamma=3", "++training.lr=1", "trainng.lr=1"], known)
+    check_added(["+sampler.corrector.snr=0.1", "+hydra.verbose=true"], known)
+
+
+def test_an_added_key_outside_every_class_is_refused(known):
+    with pytest.raises(RunError, match=r"\+lr adds a key that nothing reads; .*training.lr"):
+        check_added(["+lr=1"], known)
+    with pytest.raises(RunError, match=r"\+wholly.new adds a key that nothing reads; there are"):
+        check_added(["+wholly.new=1"], known)
+
+
+def test_an_unknown_argument_is_answered_with_those_there_are():
+    node = {"_target_": "sde_lib.samplers.Heun", "grid": {"_target_": "sde_lib.grids.Karras"}}
+    cause = TypeError("Karras.__init__() got an unexpected keyword argument 'tau'")
+    assert "sde_lib.grids.Karras: Karras.__init__() got" in str(refusal(node, cause))
+    assert str(refusal(node, cause)).endswith("'tau'; it takes power.")
+    function = TypeError("digits() got an unexpected keyword argument 'tau'")
+    node = {"_target_": "experiment.data.digits"}
+    assert str(refusal(node, function)).endswith("it takes test_size, seed.")
+    other = TypeError("something else")
+    assert str(refusal(node, other)) == "experiment.data.digits: something else"
+    own = ValueError("as it is")
+    assert refusal(node, own) is own
 
 
 # the run
@@ -326,6 +349,19 @@ def test_a_checkpoint_is_bound_to_the_data_it_was_trained_on(tmp_path):
         run_in(tmp_path, data=moons, checkpoint=str(path)).trained()
     elsewhere = {"_target_": "experiment.data.rings", "seed": 0, "root": "another/folder"}
     assert run_in(tmp_path, data=elsewhere, checkpoint=str(path)).trained()[3] == 5
+
+
+def test_other_choices_than_those_it_was_trained_with_are_refused_if_asked_for(tmp_path):
+    saved(measured(run_in(tmp_path, width=16)), 5)
+    changed = {"_target_": "sde_lib.VPSDE", "t_min": 0}
+    for overrides in (["sde.t_min=0"], ["+sde.t_min=0"], ["sde=vp"]):
+        with pytest.raises(CheckpointError, match="other choices .sde.t_min: 0.0001 -> 0.; leave"):
+            replace(run_in(tmp_path, sde=changed), overrides=overrides).trained()
+    with pytest.raises(CheckpointError, match="network.width: 16 -> 8"):
+        replace(run_in(tmp_path), overrides=["network.width=8"]).trained()
+    for harmless in (["network.width=16"], ["network.shape=null"], ["sampler=heun", "seed=0"]):
+        width = 16 if "width" in harmless[0] else 8
+        replace(run_in(tmp_path, width=width), overrides=harmless).trained()
 
 
 def test_a_stored_configuration_may_name_models_only(tmp_path):

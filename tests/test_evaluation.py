@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from experiment.data import Dataset
-from experiment.evaluation import Evaluation, Likelihood, append_evaluation, evaluate
+from experiment.evaluation import Evaluation, Likelihood, append_evaluation, evaluate, evaluated
 from likelihood import Exact, Hutchinson
 from score_models import Noise, ScoreModel
 from sde_lib import EDMSDE, VPSDE
@@ -299,3 +299,18 @@ def test_rows_of_the_file_are_added_and_say_how_to_repeat_them(tmp_path):
     assert "3 draw" in first["dequantization"] and "continuous" in second["dequantization"]
     assert "dopri5, rtol 0.001, atol 0.0001" in first["note"] and "t_min = 1e-05" in first["note"]
     assert "per_sample" not in first
+
+
+def test_a_run_is_scored_by_its_own_checkpoint_on_enough_samples(tmp_path):
+    def add(samples, checkpoint, iteration=7):
+        result = Evaluation("nll", 3.5, 0.5, 0.0, samples, 64.0, 1.5, torch.zeros(samples))
+        arguments = (iteration, slanted_model(), vectors(4), Likelihood(), checkpoint)
+        append_evaluation(tmp_path, result, *arguments)
+
+    assert not evaluated(tmp_path, 7, 2)
+    add(2, "step-00000007.pt")
+    assert evaluated(tmp_path, 7, 2) and not evaluated(tmp_path, 7, 4)
+    add(4, "/elsewhere/checkpoints/step-00000007.pt")
+    assert not evaluated(tmp_path, 7, 4), "another run's"
+    add(4, "step-00000007.pt")
+    assert evaluated(tmp_path, 7, 4) and not evaluated(tmp_path, 8, 4)

@@ -122,6 +122,29 @@ def test_more_probes_on_one_graph_cost_one_forward_pass_and_average():
     assert four.passes == 4 * four.nfe and one.passes == one.nfe
 
 
+@pytest.mark.parametrize("probes", [1, 3])
+def test_passes_are_the_times_that_the_score_was_differentiated(probes):
+    from sde_lib import VPSDE
+
+    sde, data, backward = VPSDE(), full_gaussian(), []
+    exact = data.score(sde)
+
+    def watched(x, t):
+        score = exact(x, t)
+        if score.requires_grad:
+            score.register_hook(lambda gradient: backward.append(gradient.shape))
+        return score
+
+    result = log_likelihood(
+        probability_flow(sde, watched),
+        data.sample(3),
+        divergence=Hutchinson(probes),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    assert len(backward) == result.passes == probes * result.nfe
+
+
 def test_nfe_is_what_the_score_function_was_called():
     from sde_lib import VPSDE, Counted
 

@@ -42,7 +42,8 @@ def test_unet_takes_any_number_of_resolutions(multipliers):
 
 
 @pytest.mark.parametrize(
-    "network, shape", [(small_unet((2, 8, 9)), (2, 8, 9)), (randomised(MLP((5,), 16, 2, 4)), (5,))]
+    "network, shape",
+    [(small_unet((2, 8, 9)), (2, 8, 9)), (randomised(MLP((3, 2), 16, 2, 4)), (3, 2))],
 )
 def test_forward_and_reverse_mode_derivatives_agree(network, shape):
     network = network.double()
@@ -129,8 +130,6 @@ def test_what_a_network_cannot_take_is_refused_with_the_remedy():
         UNet((5,))
     with pytest.raises(ValueError, match="at least 8x8"):
         UNet((1, 4, 8))
-    with pytest.raises(ValueError, match="network=unet"):
-        MLP((1, 8, 8))
     with pytest.raises(ValueError, match="divisible by heads"):
         UNet((1, 8, 8), width=10, heads=4)
     with pytest.raises(ValueError, match="dropout"):

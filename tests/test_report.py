@@ -314,6 +314,9 @@ def test_the_headline_is_the_newest_by_iteration_and_of_equals_the_last_full_one
     older, again = FULL | {"iteration": 400, "value": 4.0}, FULL | {"value": 5.0}
     assert headline(older, FULL) == headline(FULL, older) == "1.812"
     assert headline(FULL, again) == "5.000"
+    assert headline(FULL, again | {"num_samples": 2}) == "1.812", "a part does not stand for all"
+    foreign = again | {"checkpoint": "/other/checkpoints/step-00001600.pt"}
+    assert headline(FULL, foreign) == "1.812", "nor does another run"
     assert headline(older) == "3"
     record.log({"eval/bits_per_dim": 2.0}, 2000)
     record.log({"train/loss": 1.0}, 2400)

@@ -111,4 +111,14 @@ def test_an_adaptive_solve_that_does_not_finish_says_where_it_stopped(
     with pytest.raises(
         SamplingError, match="not finished after 30 evaluations, at log.*; loosen rtol and atol"
     ):
-        AdaptiveODE(rtol=1e-8, max_evaluations=30)(mixture.score(sde), sde, torch.ones(2, 2))
+        AdaptiveODE(rtol=1e-7, max_evaluations=30)(mixture.score(sde), sde, torch.ones(2, 2))
+
+
+def test_tolerances_below_the_rounding_of_the_states_are_refused_at_the_door() -> None:
+    solver, sde = AdaptiveODE(rtol=1e-10), VPSDE()
+
+    solver.check(sde, torch.float64)
+    with pytest.raises(ValueError, match="rtol to be a finite number >= 5.96.*got rtol=1e-10"):
+        solver.check(sde)
+    with pytest.raises(ValueError, match="got rtol=1e-10"):
+        solver(lambda x, t: -x, sde, torch.ones(2, 2))

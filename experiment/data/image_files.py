@@ -12,6 +12,7 @@ from torch import Tensor
 from experiment.data.dataset import Dataset
 from experiment.data.split import split
 from experiment.errors import RunError
+from experiment.progress import progress
 from sde_lib import validation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -112,7 +113,7 @@ def _pictures(folder: Path) -> list[Path]:
 def _load(files: list[Path], mode: str, size: int | None) -> Tensor:
     """Pictures [N, C, H, W] of one size."""
     images = []
-    for file in files:
+    for file in progress(files, "pictures"):
         images.append(read_image(file, mode, size))
         if images[-1].shape != images[0].shape:
             raise RunError(

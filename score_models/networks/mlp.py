@@ -1,4 +1,4 @@
-"""A residual MLP for vectors."""
+"""A residual MLP for vectors, and for samples of any other shape as vectors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sde_lib import validation
 
 
 class MLP(nn.Module):
-    """Residual MLP on vectors; the noise level scales and shifts each block.
+    """Residual MLP on flattened samples; the noise level scales and shifts each block.
 
     Args:
-        shape: Shape of one sample, (d,).
+        shape: Shape of one sample, of any rank.
         width: Width of the hidden layers.
         blocks: Number of residual blocks.
         features: Random Fourier features of the input, for densities with fine detail; 0 for none.
@@ -31,15 +31,10 @@ class MLP(nn.Module):
         bandwidth: float = 3.0,
     ) -> None:
         super().__init__()
-        if len(shape) != 1:
-            raise ValueError(
-                f"MLP needs vectors, samples of shape (d,); got {tuple(shape)}. For "
-                "images use network=unet."
-            )
         width = validation.count("MLP", "width", width)
         blocks = validation.count("MLP", "blocks", blocks)
         features = validation.count("MLP", "features", features, at_least=0)
-        size = shape[0]
+        size = math.prod(shape)
         generator = torch.Generator().manual_seed(0)
         self.register_buffer(
             "directions", bandwidth * torch.randn(size, features, generator=generator)
@@ -52,14 +47,14 @@ class MLP(nn.Module):
         nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Output [B, d] at scaled input ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
+        """Output [B, ...] at scaled input ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
         refuse_cond("MLP", cond)
-        level = self.embedding(noise_level)
-        angles = x @ self.directions.to(x)
-        h = self.enter(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+        level, flat = self.embedding(noise_level), x.flatten(1)
+        angles = flat @ self.directions.to(x)
+        h = self.enter(torch.cat([flat, angles.sin(), angles.cos()], dim=1))
         for block in self.blocks:
             h = block(h, level)
-        return self.leave(h)
+        return self.leave(h).reshape(x.shape)
 
 
 class _Block(nn.Module):

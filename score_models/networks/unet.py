@@ -44,8 +44,7 @@ class UNet(nn.Module):
         if len(shape) != 3 or min(shape[1:]) < 8:
             raise ValueError(
                 "UNet needs images of shape (channels, height, width), at least 8x8; "
-                f"got {tuple(shape)}. "
-                "For vectors use network=mlp."
+                f"got {tuple(shape)}. For other shapes use network=mlp training=vectors."
             )
         width = validation.count("UNet", "width", width)
         blocks = validation.count("UNet", "blocks", blocks)

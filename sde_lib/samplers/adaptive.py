@@ -109,7 +109,7 @@ class AdaptiveODE(Sampler):
     It integrates in the clock log(sigma/alpha), in the coordinates of
     :class:`sde_lib.reverse.ProbabilityFlow`, where all processes are equally easy. The step size
     is shared by the batch: a sample agrees with itself in another batch to the tolerance, not to
-    the bit.
+    the bit. The state is integrated in float64, the network runs in the dtype of x.
 
     Args:
         rtol: Relative tolerance, >= 1e-12.
@@ -131,19 +131,24 @@ class AdaptiveODE(Sampler):
         validation.flag("AdaptiveODE", "denoise", self.denoise)
         validation.count("AdaptiveODE", "max_evaluations", self.max_evaluations)
 
+    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
+        """The network's rounding bounds what can be asked for."""
+        check_solver("AdaptiveODE", self.rtol, self.atol, self.method, dtype)
+
     def trajectory(
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
     ) -> Iterator[tuple[float, Tensor]]:
         """Eleven states, evenly spaced in the clock, and the denoised end."""
+        self.check(sde, x.dtype)
         flow = probability_flow(sde, score)
         data_end, noise_end = flow.clock_range()
         clock = torch.linspace(noise_end, data_end, 11, dtype=torch.float64, device=x.device)
         yield sde.t_max, x
         levels = flow.level_at(clock)
-        scales = flow.scale(levels).to(x)
+        scales = flow.scale(levels).double()
         states = integrate(
-            lambda u, z: flow.scaled_velocity(z, flow.level_at(u)),
-            x / scales[0],
+            lambda u, z: flow.scaled_velocity(z.to(x.dtype), flow.level_at(u)).double(),
+            x.double() / scales[0],
             clock,
             method=self.method,
             rtol=self.rtol,
@@ -151,7 +156,7 @@ class AdaptiveODE(Sampler):
             max_evaluations=self.max_evaluations,
         )
         for t, scale, z in zip(levels.t.tolist()[1:], scales[1:], states[1:], strict=True):
-            x = scale * z
+            x = (scale * z).to(x.dtype)
             yield t, x
         if self.denoise:
             yield sde.t_min, denoise(score, x, levels.rows()[-1].like(x))

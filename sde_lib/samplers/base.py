@@ -34,8 +34,12 @@ class Sampler(ABC):
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
 
-    def check(self, sde: SDE) -> None:  # noqa: B027
-        """Refuse a process that this sampler cannot work on, before anything is computed.
+    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:  # noqa: B027
+        """Refuse what this sampler cannot do, before anything is computed.
+
+        Args:
+            sde: The process it will work on.
+            dtype: That of the states.
 
         Raises:
             ValueError: Naming what refuses and what to use instead.
@@ -100,7 +104,7 @@ class FixedStepSampler(Sampler):
         object.__setattr__(self, "steps", steps)
         validation.flag(type(self).__name__, "denoise", self.denoise)
 
-    def check(self, sde: SDE) -> None:
+    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """Lay out the plan once: a grid that does not fit the process says so."""
         self.plan(sde)
 

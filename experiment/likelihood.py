@@ -16,7 +16,7 @@ from experiment.trackers import Safe
 def likelihood(run: Run) -> None:
     """Evaluate the newest checkpoint of the run, or ``checkpoint=PATH``; add it to the report.
 
-    The value of each test sample is kept in ``likelihood-<iteration>.npz``. What a checkpoint of
+    The value of each sample is kept in ``likelihood-<iteration>*.npz``. What a checkpoint of
     another run gives stands in the table of the report alone.
 
     Args:

@@ -32,6 +32,7 @@ TINY = [
     "sampler.steps=2",
     "tracking=none",
 ]
+ENDLESS = [*TINY, "training.steps=100000", "training.log_every=1"]
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -55,6 +56,17 @@ def run(*arguments, cwd, env=None):
     )
 
 
+def at_start(folder, code):
+    """The environment in which a new interpreter runs ``code`` before anything else."""
+    (folder / "sitecustomize.py").write_text(code)
+    return {"PYTHONPATH": str(folder)}
+
+
+def without(package, folder):
+    """The environment in which ``package`` cannot be imported."""
+    return at_start(folder, f"import sys; sys.modules['{package}'] = None")
+
+
 class Zygote:
     """A process that has paid for the imports and forks for each run, see zygote.py."""
 
@@ -75,7 +87,8 @@ class Zygote:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())
-            texts = {name: Path(path).read_text("utf-8") for name, path in streams.items()}
+            # as bytes: read as text, a carriage return would pass for the end of a line
+            texts = {name: Path(path).read_bytes().decode() for name, path in streams.items()}
         return subprocess.CompletedProcess(arguments, code, **texts)
 
 
@@ -83,6 +96,43 @@ class Zygote:
 def zygote():
     """One for each process that runs tests; it ends with it, when its stdin closes."""
     return Zygote()
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts `python run.py ARGUMENTS` in ``tmp_path``; the end of the test ends it too."""
+    processes = []
+
+    def started(*arguments):
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "run.py"), *arguments],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=ENVIRONMENT,
+            )
+        )
+        return processes[-1]
+
+    yield started
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ended(process):
+    """What a started process printed, and its exit code, once it ends."""
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 120
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
 
 
 def refused(result, *words):
@@ -97,23 +147,28 @@ def refused(result, *words):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A tiny finished run; its directory and what it printed."""
+    """A tiny finished run; its directory and what it printed on both streams."""
     folder = tmp_path_factory.mktemp(
         "trained run, ünïcode"
     )  # spaces and Unicode in the path: fault 46
     result = run("mode=train", *TINY, cwd=folder)
     assert result.returncode == 0, result.stderr
-    return folder, result.stdout
+    return folder, result
 
 
 def the_run(folder):
     return folder / "runs" / "digits-vp-unet"
 
 
+def logged_iterations(folder):
+    rows = map(json.loads, (the_run(folder) / "metrics.jsonl").read_text().splitlines())
+    return [row["train/iteration"] for row in rows if "train/loss" in row]
+
+
 def test_train_prints_bits_per_dim_with_its_error_and_where_to_look(trained):
     folder, printed = trained
-    assert "± " in printed and "bits/dim" in printed
-    assert f"report: {Path('runs/digits-vp-unet/report.html')}" in printed
+    assert "± " in printed.stdout and "bits/dim" in printed.stdout
+    assert f"report: {Path('runs/digits-vp-unet/report.html')}" in printed.stdout
     for name in (
         "report.html",
         "metrics.jsonl",
@@ -129,9 +184,10 @@ def test_train_prints_bits_per_dim_with_its_error_and_where_to_look(trained):
     assert not list(folder.glob("outputs")) and not list(folder.glob("multirun"))
 
 
-def test_into_a_pipe_there_are_no_bars_and_no_escape_codes(trained):
+def test_away_from_a_terminal_there_are_no_bars_and_no_escape_codes(trained):
     _, printed = trained
-    assert "\x1b" not in printed and "\r" not in printed
+    for text in (printed.stdout, printed.stderr):
+        assert not [mark for mark in ("\x1b", "\r", "%|", "it/s") if mark in text], text
 
 
 def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
@@ -146,7 +202,7 @@ def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
     )
     assert scored.returncode == 0, scored.stderr
     assert "step-00000006.pt" in scored.stdout and "bits/dim" in scored.stdout
-    values = np.load(the_run(folder) / "likelihood-00000006.npz")
+    values = np.load(the_run(folder) / "likelihood-00000006-first-5.npz")
     assert values["bits_per_dim"].shape == (5,) and np.isfinite(values["bits_per_dim"]).all()
 
     drawn = run(
@@ -166,10 +222,37 @@ def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
     )
 
 
+def test_samples_of_a_network_are_the_same_whatever_the_batch(trained):
+    folder, _ = trained
+    choices = ["mode=sample", "sampler=ancestral", "sampler.steps=4", "mode.num_samples=9"]
+    drawn = []
+    for batch_size in (7, 3):
+        result = run(*choices, f"mode.batch_size={batch_size}", cwd=folder)
+        assert result.returncode == 0, result.stderr
+        file = the_run(folder) / "samples" / "samples-00000006-ancestral-5.npz"
+        drawn.append(np.load(file)["samples"])
+        file.unlink()
+    assert (drawn[0] == drawn[1]).all()
+    assert len(np.unique(drawn[0], axis=0)) == 9, "each from noise of its own"
+
+
 def test_the_network_is_rebuilt_from_the_config_stored_with_the_checkpoint(trained):
     folder, _ = trained  # trained with width 8; the default is wider
     result = run("mode=sample", "mode.num_samples=2", "sampler.steps=1", cwd=folder)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_checkpoint_of_another_run_is_scored_into_a_directory_that_was_not_there(
+    trained, tmp_path
+):
+    (checkpoint,) = (the_run(trained[0]) / "checkpoints").glob("step-00000006.pt")
+    result = run("mode=likelihood", f"checkpoint='{checkpoint}'", *TINY[7:], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((the_run(tmp_path) / "likelihood.json").read_text())
+    assert row["checkpoint"] == str(checkpoint)
+    (values,) = the_run(tmp_path).glob("likelihood-00000006-first-4-of-digits-vp-unet.npz")
+    assert np.load(values)["bits_per_dim"].shape == (4,)
+    assert "No evaluation yet" in (the_run(tmp_path) / "report.html").read_text()
 
 
 def test_the_same_command_again_says_that_the_run_is_finished(trained):
@@ -187,12 +270,17 @@ def test_other_choices_in_the_same_directory_are_listed_and_refused(trained):
     )
 
 
-def test_fresh_sets_the_earlier_run_aside_and_loses_nothing(tmp_path):
-    assert run("mode=train", *TINY, cwd=tmp_path).returncode == 0
-    result = run("mode=train", *TINY, "run.fresh=true", "training.lr=0.001", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    kept = list((tmp_path / "runs").glob("digits-vp-unet.before-*"))
-    assert len(kept) == 1 and (kept[0] / "checkpoints" / "step-00000006.pt").is_file()
+def test_fresh_sets_each_earlier_run_aside_and_loses_none_within_a_second(trained, tmp_path):
+    shutil.copytree(the_run(trained[0]), the_run(tmp_path))
+    environment = at_start(tmp_path, "import time; time.strftime = lambda *_: 'this-second'")
+    for steps in (1, 2):
+        again = [*TINY, f"training.steps={steps}", "training.lr=0.001", "run.fresh=true"]
+        result = run(*again, cwd=tmp_path, env=environment)
+        assert result.returncode == 0, result.stderr
+    kept = (tmp_path / "runs").glob("digits-vp-unet.before-this-second-*")
+    newest = [max((folder / "checkpoints").glob("*.pt")).name for folder in kept]
+    assert sorted(newest) == ["step-00000001.pt", "step-00000006.pt"]
+    assert (the_run(tmp_path) / "checkpoints" / "step-00000002.pt").is_file()
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path, trained):
@@ -207,35 +295,16 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path
     for part in ("model", "ema"):
         for name, weight in whole[part].items():
             assert bool((again[part][name] == weight).all()), name
-    rows = [
-        json.loads(line) for line in (the_run(tmp_path) / "metrics.jsonl").read_text().splitlines()
-    ]
-    steps = [row["train/iteration"] for row in rows if "train/loss" in row]
+    steps = logged_iterations(tmp_path)
     assert steps == sorted(set(steps)), "no iteration twice"
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path):
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            str(ROOT / "run.py"),
-            *TINY,
-            "training.steps=100000",
-            "training.log_every=1",
-        ],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    record = the_run(tmp_path) / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not record.exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path, start):
+    process = start(*ENDLESS)
+    wait_until((the_run(tmp_path) / "metrics.jsonl").exists)
     process.terminate()
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 143, printed
+    result = ended(process)
+    assert result.returncode == 143, result.stdout + result.stderr
     assert list((the_run(tmp_path) / "checkpoints").glob("step-*.pt"))
     assert json.loads((the_run(tmp_path) / "run.json").read_text())["state"] == "stopped"
 
@@ -252,20 +321,24 @@ def test_a_second_trainer_on_one_directory_is_told_who_holds_it(tmp_path):
     assert run(*TINY, cwd=tmp_path).returncode == 0, "a lock whose owner is gone is taken over"
 
 
-def test_three_runs_started_in_the_same_second_get_three_directories(tmp_path):
-    commands = [
-        [sys.executable, str(ROOT / "run.py"), f"sde={sde}", *TINY, "training.steps=2"]
-        for sde in ("vp", "ve", "edm")
-    ]
-    processes = [
-        subprocess.Popen(
-            c, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for c in commands
-    ]
-    assert [p.wait(timeout=300) for p in processes] == [0, 0, 0], [
-        p.stdout.read() for p in processes
-    ]
+def test_of_two_equal_commands_at_the_same_time_one_trains_and_the_other_says_so(tmp_path, start):
+    pair = [start(*ENDLESS), start(*ENDLESS)]  # neither can be done before the other comes
+    wait_until(lambda: any(process.poll() is not None for process in pair))
+    loser, winner = sorted(pair, key=lambda process: process.poll() is None)
+    refused(ended(loser), "locked by", "run.name")
+    wait_until((the_run(tmp_path) / "metrics.jsonl").exists)
+    refused(run(*ENDLESS, cwd=tmp_path), f"locked by PID {winner.pid} on ", "run.name")
+    winner.terminate()
+    result = ended(winner)
+    assert result.returncode == 143, result.stdout + result.stderr
+    steps = logged_iterations(tmp_path)
+    assert steps == list(range(1, len(steps) + 1)), "one trainer wrote, undisturbed"
+
+
+def test_three_runs_started_in_the_same_second_get_three_directories(tmp_path, start):
+    processes = [start(f"sde={sde}", *TINY, "training.steps=2") for sde in ("vp", "ve", "edm")]
+    for result in map(ended, processes):
+        assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == [
         "digits-edm-unet",
         "digits-ve-unet",
@@ -301,14 +374,16 @@ def test_three_runs_started_in_the_same_second_get_three_directories(tmp_path):
             ["reversible_heun", "unstable", "srk"],
         ),
         (["sampler.stesp=3"], ["did you mean sampler.steps?"]),
-        (["+sampler.gamma=3"], ["gamma"]),
+        (["+sampler.gamma=3"], ["gamma", "it takes steps, grid, denoise, churn"]),
+        (["+lr=1"], ["+lr adds a key that nothing reads; there is training.lr"]),
+        (["checkpoint=step-00000001.pt"], ["is for mode=likelihood and mode=sample"]),
+        (["sampler=adaptive", "sampler.rtol=1e-10"], ["rtol", "5.96"]),
         (["sde._target_=os.system"], ["os.system", "refused"]),
         (["sde._target_=sde_lib.validation.math.exp"], ["refused"]),
         (["device=cuda:7"], ["cuda:7", "cpu"]),
         (["device=tpu"], ["tpu", "cpu"]),
         (["seed=-1"], ["seed"]),
         (["data=arrays"], ["data.path"]),
-        (["network=mlp"], ["network=unet"]),
         (["data=two_moons", "network=unet"], ["network=mlp"]),
         (["sampler.grid._target_=sde_lib.grids.Subsequence"], ["Subsequence", "DiscreteSDE"]),
         (["run.root=/proc/nowhere"], ["run.root"]),
@@ -372,6 +447,14 @@ def test_a_checkpoint_that_lacks_a_part_says_which(trained, tmp_path, change, wo
     refused(run("mode=sample", f"checkpoint={tmp_path / 'lacking.pt'}", cwd=tmp_path), words)
 
 
+def imported(result):
+    """The modules that a run with PYTHONPROFILEIMPORTTIME imported."""
+    timed = (line for line in result.stderr.splitlines() if "import time" in line)
+    modules = {line.split("|")[-1].strip() for line in timed}
+    assert "pathlib" in modules, "else nothing was recorded"
+    return modules
+
+
 def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hydra(tmp_path):
     result = run("--help", cwd=tmp_path, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert result.returncode == 0
@@ -381,10 +464,7 @@ def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hyd
         assert f"{file.stem:<20}{first[2:]}" in lines
     stars = [line for line in result.stdout.splitlines() if line.startswith(" *")]
     assert " *vp " in "\n".join(stars) and " *digits " in "\n".join(stars) and len(stars) == 10
-    timed = (line for line in result.stderr.splitlines() if "import time" in line)
-    imported = {line.split("|")[-1].strip() for line in timed}
-    assert "pathlib" in imported
-    assert not imported & {"torch", "hydra", "omegaconf", "matplotlib", "wandb"}
+    assert not imported(result) & {"torch", "hydra", "omegaconf", "matplotlib", "wandb"}
     assert not list(tmp_path.iterdir())
 
 
@@ -400,15 +480,25 @@ def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hyd
 def test_a_missing_package_is_named_with_its_extra_before_anything_starts(
     tmp_path, package, advice
 ):
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules['{package}'] = None")
-    refused(run(*TINY, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}), advice)
+    refused(run(*TINY, cwd=tmp_path, env=without(package, tmp_path)), advice)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_without_torchsde_its_own_sampler_is_refused_and_the_others_work(trained, tmp_path, mode):
+    shutil.copytree(the_run(trained[0]), the_run(tmp_path))
+    command = [f"mode={mode}", *TINY, "training.steps=7"]  # one iteration more than there are
+    environment = without("torchsde", tmp_path)
+    asked = run(*command, "sampler=torchsde", cwd=tmp_path, env=environment)
+    refused(asked, "torchsde: pip install 'score-sde[solvers]'")
+    assert logged_iterations(tmp_path)[-1] == 6, "refused before the first step"
+    result = run(*command, cwd=tmp_path, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
 def test_without_wandb_a_run_goes_on_and_says_what_would_add_it(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['wandb'] = None")
     arguments = [a for a in TINY if "tracking" not in a]
-    result = run(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    result = run(*arguments, cwd=tmp_path, env=without("wandb", tmp_path))
     assert result.returncode == 0, result.stderr
     assert "pip install wandb" in result.stdout
 
@@ -450,10 +540,17 @@ def test_a_reader_that_goes_away_does_not_end_a_run(tmp_path):
     assert (the_run(tmp_path) / "likelihood.json").is_file()
 
 
-@pytest.mark.parametrize("flags", [["--cfg", "job"], ["-sc", "query=bash"]])
-def test_looking_at_the_configuration_makes_no_directory(tmp_path, flags):
-    result = run(*flags, cwd=tmp_path, env={"COMP_LINE": "run.py sde=", "COMP_POINT": "11"})
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize(
+    ("flags", "answer"),
+    [(["--cfg", "job"], "beta_min: 0.1"), (["-sc", "query=bash"], "sde=vp")],
+    ids=["configuration", "completion"],
+)
+def test_looking_at_the_choices_imports_no_torch_and_makes_no_directory(tmp_path, flags, answer):
+    asked = {"COMP_LINE": "run.py sde=", "COMP_POINT": "11", "PYTHONPROFILEIMPORTTIME": "1"}
+    result = run(*flags, cwd=tmp_path, env=asked)
+    assert result.returncode == 0 and answer in result.stdout, result.stdout + result.stderr
+    assert "hydra" in (modules := imported(result))
+    assert not modules & {"torch", "matplotlib", "wandb"}
     assert not list(tmp_path.iterdir())
 
 

@@ -81,8 +81,10 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
+        if error.filename is None:  # writing, as opposed to opening, does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -164,7 +166,8 @@ def load_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return path, load_checkpoint(path)
         except CheckpointError as error:
-            logging.getLogger(__name__).warning("%s; trying the one before it", error)
+            then = "; trying the one before it" if path != found[0] else ""
+            logging.getLogger(__name__).warning("%s%s", error, then)
     if found:
         raise CheckpointError(
             found[-1],

@@ -251,7 +251,9 @@ def _meant(key: str, known: Iterable[str]) -> str:
     same_kind = [name for name in known if ("." in name) == ("." in key)]
     close = difflib.get_close_matches(key, same_kind, n=1, cutoff=0.6)
     group = key.split(".")[0]
-    inside = sorted(name for name in same_kind if name.startswith(f"{group}."))
+    inside = sorted(n for n in same_kind if n.startswith(f"{group}.") and "._" not in n)
+    if not inside and group in known and "." in key:
+        return f"with these choices {group} has no keys."
     if close and (not inside or close[0] in inside):
         return f"did you mean {close[0]}?"
     return f"there are: {', '.join(inside or sorted({n.split('.')[0] for n in known}))}."

@@ -51,6 +51,7 @@ CHANGEABLE = (
     "device",
     "threads",
     "training.steps",
+    "training.max_skipped",
     "training.log_every",
     "training.checkpoint_every",
     "training.evaluate_every",
@@ -79,7 +80,8 @@ class Run:
         for key in ("root", "name"):
             if not isinstance(self.config["run"][key], str) or not self.config["run"][key].strip():
                 raise RunError(
-                    f"run.{key} must be a non-empty path; got {self.config['run'][key]!r}."
+                    f"run.{key} must be a non-empty path; got {self.config['run'][key]!r} (what "
+                    f"reads as a number or null needs quotes of its own: run.{key}='\"1\"')."
                 )
 
     def go(self) -> None:
@@ -158,11 +160,14 @@ class Run:
         ``checkpoint=PATH``.
 
         Network, process and parameterization come from the configuration *stored with it*, and
-        asking for others is an error; the rest is this run's own.
+        asking for others is an error; the rest is this run's own. What is made from another run's
+        checkpoint goes to that run, or where run.root and run.name say.
 
         Raises:
             RunError: If there is none, saying what to do; or if it cannot be used.
         """
+        if self.fresh:
+            raise RunError("run.fresh=true is for mode=train; leave it out to use the run.")
         path = Path(self.config["checkpoint"]) if self.config["checkpoint"] else self._newest()
         state = load_checkpoint(path)
         stored = stored_config(path, state)
@@ -194,7 +199,7 @@ class Run:
                 f"it holds a model of other choices ({'; '.join(other)})",
                 "leave these out, or train with them",
             )
-        run = replace(self, config={**self.config, **parts})
+        run = replace(self, config={**self.config, **parts, "run": self._home(path)})
         model = run.build_model()
         load_weights(model, state.get("ema"), path)
         return (
@@ -203,6 +208,17 @@ class Run:
             path,
             int(state["iteration"]),
         )
+
+    def _home(self, checkpoint: Path) -> dict[str, Any]:
+        """The ``run`` node of the directory for what is made from ``checkpoint``."""
+        own = self.config["run"]
+        asked = any(o.lstrip("+").startswith(("run.root=", "run.name=")) for o in self.overrides)
+        if asked or not self.config["checkpoint"]:
+            return own
+        folder = checkpoint.absolute().parent
+        if folder.name != self.checkpoints.name:  # a file on its own
+            return own | {"name": checkpoint.stem}
+        return own | {"root": str(folder.parent.parent), "name": folder.parent.name}
 
     def _newest(self) -> Path:
         found = list_checkpoints(self.checkpoints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,10 +29,10 @@ STRIP = 8  # samples shown on their way from noise to data
 def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     """Draw samples from the newest checkpoint of the run, or from ``checkpoint=PATH``.
 
-    Writes ``samples/samples-<iteration>-<sampler>-<evaluations>.npz`` (samples in data units,
-    their seeds, evaluations, wall time); for images also the grid and the strip from noise to
-    data.
-    Sample i depends on the seed and on i alone.
+    Writes ``samples/samples-<iteration>-<sampler>-<evaluations>-<digest>.npz`` (samples in data
+    units, their seeds, evaluations, wall time), where the digest tells other settings, seeds and
+    numbers apart; for images also the grid and the strip from noise to data. Sample i depends on
+    the seed and on i alone.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
@@ -62,8 +63,10 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
         values = data.units.decode(torch.cat(parts))
         folder = run.path / "samples"
         folder.mkdir(parents=True, exist_ok=True)
+        asked = f"{sampler!r} {run.seed} {num_samples} {path.absolute()}"
+        digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
         kind = f"{type(sampler).__name__.lower()}-{nfe}"
-        array = folder / f"samples-{iteration:08d}-{kind}.npz"
+        array = folder / f"samples-{iteration:08d}-{kind}-{digest}.npz"
         np.savez(
             array,
             samples=values.numpy(),
@@ -74,7 +77,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
             checkpoint=str(path),
         )
         say(
-            f"{num_samples} samples by {type(sampler).__name__}, {nfe} evaluations each, "
+            f"{num_samples} samples by {sampler!r}, {nfe} evaluations each, "
             f"{seconds:.1f} s: {array}"
         )
         picture = draw_pictures(run, model, data, iteration, values, states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -30,8 +31,10 @@ def before_the_slow_imports(folder: Path) -> None:
     the sleeping ones that cost more.
     """
     if {"--help", "-h"} & {*sys.argv[1:]}:
-        print(help_text(folder))
-        sys.exit()
+        with contextlib.suppress(BrokenPipeError):  # a reader such as head may leave early
+            print(help_text(folder), flush=True)
+            sys.exit()
+        os._exit(0)  # the interpreter would try to flush once more
     for package in ("hydra", "torch"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"error: {one_line(ModuleNotFoundError(name=package))}")

@@ -299,5 +299,6 @@ def _fail(
     raise RunError(
         f"loss {float(loss):g} with gradient norm {float(norm):g} at iteration {iteration}, after "
         f"{state.skipped} skipped; the weights are as before it. Batch and state are in {path}. "
-        "Lower training.lr, look at the batch for bad samples, or allow training.max_skipped=N."
+        "Look at the batch for bad samples, allow training.max_skipped=N, or start over with a "
+        "lower training.lr."
     )

@@ -290,11 +290,13 @@ def test_a_flipped_bit_in_the_index_of_the_archive_is_refused_or_without_effect(
         path.write_bytes(good)
 
 
-def test_if_all_are_damaged_training_does_not_start_over_unasked(tmp_path):
+def test_if_all_are_damaged_training_does_not_start_over_unasked(tmp_path, caplog):
     for iteration in (3, 6):
         save_checkpoint(tmp_path, iteration, example()).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="nor can any other of the 2 .* run.fresh=true"):
         load_newest(tmp_path)
+    tried = ["trying the one before it" in record.message for record in caplog.records]
+    assert tried == [True, False], "before the oldest there is none"
 
 
 class Bomb:
@@ -416,6 +418,6 @@ def test_writing_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left.*config.yaml"):
         write_atomically(path, b"newer, but torn")
     assert path.read_bytes() == b"new" and names(tmp_path) == ["config.yaml"]

@@ -214,7 +214,8 @@ def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
         cwd=folder,
     )
     assert drawn.returncode == 0, drawn.stderr
-    samples = np.load(the_run(folder) / "samples" / "samples-00000006-ddim-4.npz")
+    (file,) = (the_run(folder) / "samples").glob("samples-00000006-ddim-4-*.npz")
+    samples = np.load(file)
     assert samples["samples"].shape == (5, 1, 8, 8) and samples["samples"].dtype == np.uint8
     assert int(samples["nfe"]) == 4 and len(samples["seeds"]) == 5
     assert (the_run(folder) / "config.yaml").read_bytes() == before, (
@@ -229,7 +230,7 @@ def test_samples_of_a_network_are_the_same_whatever_the_batch(trained):
     for batch_size in (7, 3):
         result = run(*choices, f"mode.batch_size={batch_size}", cwd=folder)
         assert result.returncode == 0, result.stderr
-        file = the_run(folder) / "samples" / "samples-00000006-ancestral-5.npz"
+        (file,) = (the_run(folder) / "samples").glob("samples-00000006-ancestral-5-*.npz")
         drawn.append(np.load(file)["samples"])
         file.unlink()
     assert (drawn[0] == drawn[1]).all()
@@ -246,13 +247,50 @@ def test_a_checkpoint_of_another_run_is_scored_into_a_directory_that_was_not_the
     trained, tmp_path
 ):
     (checkpoint,) = (the_run(trained[0]) / "checkpoints").glob("step-00000006.pt")
-    result = run("mode=likelihood", f"checkpoint='{checkpoint}'", *TINY[7:], cwd=tmp_path)
+    arguments = [f"checkpoint='{checkpoint}'", "run.name=mine", *TINY[7:]]
+    result = run("mode=likelihood", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    (row,) = json.loads((the_run(tmp_path) / "likelihood.json").read_text())
+    mine = tmp_path / "runs" / "mine"
+    (row,) = json.loads((mine / "likelihood.json").read_text())
     assert row["checkpoint"] == str(checkpoint)
-    (values,) = the_run(tmp_path).glob("likelihood-00000006-first-4-of-digits-vp-unet.npz")
+    (values,) = mine.glob("likelihood-00000006-first-4-of-digits-vp-unet.npz")
     assert np.load(values)["bits_per_dim"].shape == (4,)
-    assert "No evaluation yet" in (the_run(tmp_path) / "report.html").read_text()
+    assert "No evaluation yet" in (mine / "report.html").read_text()
+
+
+def test_what_is_made_from_a_checkpoint_goes_to_its_run(trained, tmp_path):
+    another = tmp_path / "elsewhere" / "another"
+    shutil.copytree(the_run(trained[0]), another)
+    lone = shutil.copy(another / "checkpoints" / "step-00000006.pt", tmp_path / "lone.pt")
+    arguments = ["mode=sample", "mode.num_samples=2", "sampler.steps=1", "seed=7", "tracking=none"]
+    for checkpoint, home in (
+        ("elsewhere/another/checkpoints/step-00000006.pt", another),
+        (lone, tmp_path / "runs" / "lone"),
+    ):
+        result = run(*arguments, f"checkpoint={checkpoint}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        drawn = [np.load(file) for file in (home / "samples").glob("samples-*.npz")]
+        assert [len(file["samples"]) for file in drawn if len(file["samples"]) == 2] == [2]
+    assert not the_run(tmp_path).exists()
+
+
+def test_other_seeds_and_numbers_of_samples_are_kept_beside_each_other(trained, tmp_path):
+    shutil.copytree(the_run(trained[0]) / "checkpoints", the_run(tmp_path) / "checkpoints")
+    for number, seed in ((2, 0), (3, 0), (3, 1), (3, 1)):
+        arguments = [
+            "mode=sample",
+            f"mode.num_samples={number}",
+            "sampler.steps=1",
+            f"seed={seed}",
+        ]
+        result = run(*arguments, "tracking=none", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    assert len(list((the_run(tmp_path) / "samples").glob("*.npz"))) == 3
+
+
+@pytest.mark.parametrize("mode", ["likelihood", "sample"])
+def test_only_training_starts_fresh(trained, mode):
+    refused(run(f"mode={mode}", "run.fresh=true", cwd=trained[0]), "run.fresh=true", "mode=train")
 
 
 def test_the_same_command_again_says_that_the_run_is_finished(trained):

@@ -214,6 +214,13 @@ def test_the_key_that_is_told_is_the_wrong_one_of_several(known):
     assert "'training.stesp'" in explain(str(caught.value), overrides, known)
 
 
+def test_a_group_without_keys_does_not_list_what_is_internal(known):
+    message = "Key 'num_samples' is not in struct"
+    assert explain(message, ["mode.num_samples=8"], known) == (
+        "unknown key 'mode.num_samples'; with these choices mode has no keys."
+    )
+
+
 def test_a_message_that_is_not_known_is_passed_on_in_one_line():
     assert explain("something\n  else\thappened", ["a=1"], ["a"]) == "something else happened"
 
@@ -262,7 +269,7 @@ def config_of(root: Path, width: int = 8, **changes) -> dict:
         "parameterization": {"_target_": "score_models.EDM", "data_std": None},
         "data": {"_target_": "experiment.data.rings", "seed": 0},
         "training": {"steps": 10, "lr": 0.1},
-        "run": {"root": str(root), "name": "a-run"},
+        "run": {"root": str(root), "name": "a-run", "fresh": False},
         "checkpoint": None,
         "seed": 0,
         "device": "cpu",

@@ -59,7 +59,9 @@ def arrays(
     else:
         samples = _only(path, found)
         levels = _levels(name, samples, levels)
-        train, test = split(name, _tensor(name, samples, levels), test_size, seed)
+        values = _tensor(name, samples, levels)
+        train, test = split(name, values, test_size, seed)
+        Dataset(name, values, values, levels=levels)  # its complaints count rows as the file does
     return Dataset(name, train, test, levels=levels)
 
 
@@ -72,9 +74,10 @@ def read_npz(path: Path) -> dict[str, numpy.ndarray]:
     try:
         content = numpy.load(path, allow_pickle=False)
     except _DAMAGE as error:
-        raise RunError(
-            f"{path} cannot be read as numpy arrays: {error or type(error).__name__}."
-        ) from error
+        why = str(error) or type(error).__name__
+        if "pickle" in why:  # numpy's answer to anything that it does not know
+            why = "it is no numpy file, or holds Python objects"
+        raise RunError(f"{path} cannot be read as numpy arrays: {why}.") from error
     if isinstance(content, numpy.ndarray):
         return {path.stem: content}
     with content:

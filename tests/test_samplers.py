@@ -337,3 +337,15 @@ def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
     assert bool(torch.isfinite(x).all())
+
+
+def test_a_langevin_step_has_the_stated_size(sde: SDE) -> None:
+    level = sde.level(torch.tensor(0.4, dtype=torch.float64))
+    zeros, ones = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
+    corrector, size = LangevinCorrector(snr=0.1), 2 * (0.1 * level.sigma) ** 2
+
+    pulled = corrector.step(lambda x, t: ones, zeros, level, level, lambda: zeros)
+    shaken = corrector.step(lambda x, t: zeros, zeros, level, level, lambda: ones)
+
+    assert_close(pulled, size * ones)
+    assert_close(shaken, torch.sqrt(2 * size) * ones)

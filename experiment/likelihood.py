@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import torch
 
 from experiment.data import Dataset
+from experiment.errors import RunError
 from experiment.evaluation import Likelihood, append_evaluation, evaluate, show
 from experiment.progress import say
 from experiment.record import Record
 from experiment.report import write_report
 from experiment.run import Run
+from experiment.shards import rank
 from experiment.trackers import Safe
+from sde_lib.samplers import SamplingError
 
 
 def likelihood(run: Run) -> None:
     """Evaluate the newest checkpoint of the run, or ``checkpoint=PATH``; add it to the report.
 
-    The value of each sample is kept in ``likelihood-<iteration>*.npz``. What a checkpoint of
-    another run gives stands in the table of the report alone.
+    The value of each sample and its errors are kept in ``likelihood-<iteration>*.npz``. What a
+    checkpoint of another run gives stands in the table of the report alone.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
@@ -29,7 +35,12 @@ def likelihood(run: Run) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
-        result = evaluate(model, data, settings, seed=run.seed)
+        try:
+            result = evaluate(model, data, settings, seed=run.seed)
+        except SamplingError as error:
+            raise _kept(error, run.path, iteration) from error
+        if rank() > 0:
+            return  # the first process has all results and writes them
         show(result, data, f"test set under {path}")
         name = path.name if own else str(path.absolute())
         append_evaluation(run.path, result, iteration, model, data, settings, name)
@@ -42,5 +53,17 @@ def likelihood(run: Run) -> None:
     np.savez(
         values,
         **{result.metric: result.per_sample.numpy(), "iteration": iteration, "seed": run.seed},
+        **{name: values.numpy() for name, values in result.errors.items()},
     )
     say(f"each sample: {values}\nreport: {write_report(run.path)}")
+
+
+def _kept(error: SamplingError, folder: Path, iteration: int) -> RunError:
+    """The error, once what was found of the other samples is on disk."""
+    partial = getattr(error, "partial", None)
+    if partial is None:
+        return RunError(str(error))
+    path = folder / f"likelihood-{iteration:08d}-partial.npz"
+    np.savez(path, per_sample=partial.numpy(), iteration=iteration)
+    bad = int((~torch.isfinite(partial)).sum())
+    return RunError(f"{error} {bad} of {len(partial)} samples failed; the others are in {path}.")

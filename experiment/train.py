@@ -214,9 +214,7 @@ class _Trainer:
 
     def glance(self, state: State) -> None:
         """A point of the curve: likelihood of a part of the test set, samples; never fatal."""
-        count = min(128, self.likelihood.max_samples or 128, len(self.data.test))
-        loose = {name: max(1e-3, getattr(self.likelihood, name)) for name in ("rtol", "atol")}
-        settings = replace(self.likelihood, max_samples=count, draws=1, **loose)
+        settings = self.likelihood.quick(128)
         try:
             self.score(state, settings, "likelihood of a part")
             self.draw(state)

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from likelihood.basis import Basis, Cosine, Pixel
 from sde_lib import validation
 from sde_lib.noise import Generator, rand, randn
 
 Field = Callable[[Tensor], Tensor]
+Probes = Callable[[], Tensor]
+
+
+class Spread(NamedTuple):
+    """How far an estimate can be trusted.
+
+    Attributes:
+        variance: Of the estimate, [B].
+        freedom: Degrees of freedom behind that variance, [B].
+    """
+
+    variance: Tensor
+    freedom: Tensor
 
 
 class Divergence(ABC):
@@ -21,35 +38,65 @@ class Divergence(ABC):
 
     One forward pass an evaluation, whatever the number of backward passes; parameters get no
     gradient.
+
+    Attributes:
+        random: Whether it takes probes.
     """
 
+    random: ClassVar[bool] = True
+
     @abstractmethod
-    def probes(self, x: Tensor, generator: Generator = None) -> Tensor:
-        """Random vectors [k, B, ...] in the shape of ``x``, drawn once and kept along a path."""
+    def probes(self, x: Tensor, generator: Generator = None) -> Probes:
+        """A source of random vectors [k, B, ...] in the shape of ``x``, fresh at every call."""
 
     @abstractmethod
     def passes(self, x: Tensor) -> int:
         """Backward passes that one evaluation costs."""
 
     @abstractmethod
-    def traces(self, value: Tensor, x: Tensor, probes: Tensor) -> Tensor:
+    def traces(self, value: Tensor, x: Tensor, probes: Tensor, *, create_graph: bool) -> Tensor:
         """Estimates [k, B] of the divergence of ``value`` [B, ...], a function of ``x``."""
 
-    def standard_error(self, estimates: Tensor) -> Tensor:
-        """Of the mean of k ``estimates`` [k, B]: [B]; NaN for one, which cannot say."""
-        if len(estimates) == 1:
-            return torch.full_like(estimates[0], float("nan"))
-        return estimates.std(0) / len(estimates) ** 0.5
+    @abstractmethod
+    def kept_variance(self, estimates: Tensor) -> Spread:
+        """Of the mean of k ``estimates`` [k, B], one probe each kept along a path."""
 
-    def __call__(self, field: Field, x: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-        """``field(x)`` [B, ...] and k estimates of its divergence, [k, B].
+    @abstractmethod
+    def fresh_variance(self, traces: Tensor, nodes: Tensor, weights: Tensor) -> Spread:
+        """Of the sum with ``weights`` [N] of the means over probes of ``traces`` [N, k, B], drawn
+        anew at each of N ``nodes``."""
+
+    def in_basis(self, basis: Basis) -> Divergence:
+        """The same with probes drawn in ``basis``, where there are probes."""
+        return self
+
+    def with_probes(self, num_probes: int) -> Divergence:
+        """The same with so many probes an evaluation, where there are probes."""
+        return self
+
+    def bases(self, shape: tuple[int, ...]) -> list[Basis]:
+        """Those to choose from for samples of ``shape``, the first if nothing speaks against."""
+        return [Pixel()]
+
+    def __call__(
+        self, function: Field, x: Tensor, probes: Tensor, *, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """``function(x)`` [B, ...] and k estimates of its divergence, [k, B].
+
+        Args:
+            function: The field.
+            x: Where, [B, ...].
+            probes: From :meth:`probes`.
+            create_graph: Whether both results can be differentiated in turn.
 
         Raises:
             ValueError: If the result cannot be differentiated with respect to ``x``.
         """
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            value = field(x)
+        # fused attention has neither second derivatives nor batched ones; the plain kernel has
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            if not (create_graph and x.requires_grad):
+                x = x.detach().requires_grad_()
+            value = function(x)
             if not value.requires_grad:
                 raise ValueError(
                     "the score function cannot be differentiated with respect to x: "
@@ -57,7 +104,8 @@ class Divergence(ABC):
                     "does it call detach(), .data, numpy or torch.no_grad()? A "
                     "likelihood needs its derivative."
                 )
-            return value.detach(), self.traces(value, x, probes)
+            traces = self.traces(value, x, probes, create_graph=create_graph)
+        return (value, traces) if create_graph else (value.detach(), traces)
 
 
 @dataclass(frozen=True)
@@ -70,21 +118,27 @@ class Exact(Divergence):
     """
 
     chunk: int = 64
+    random: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         validation.count("Exact", "chunk", self.chunk)
 
-    def probes(self, x: Tensor, generator: Generator = None) -> Tensor:
-        return x.new_empty((1, 0))  # nothing random
+    def probes(self, x: Tensor, generator: Generator = None) -> Probes:
+        return lambda: x.new_empty((1, 0))  # nothing random
 
     def passes(self, x: Tensor) -> int:
         return x[0].numel()
 
-    def standard_error(self, estimates: Tensor) -> Tensor:
+    def kept_variance(self, estimates: Tensor) -> Spread:
         """Nothing random: zero."""
-        return torch.zeros_like(estimates[0])
+        zero = torch.zeros_like(estimates[0])
+        return Spread(zero, zero + math.inf)
 
-    def traces(self, value: Tensor, x: Tensor, probes: Tensor) -> Tensor:
+    def fresh_variance(self, traces: Tensor, nodes: Tensor, weights: Tensor) -> Spread:
+        """Nothing random: zero."""
+        return self.kept_variance(traces[0])
+
+    def traces(self, value: Tensor, x: Tensor, probes: Tensor, *, create_graph: bool) -> Tensor:
         dims = x[0].numel()
         total = x.new_zeros(len(x))
         for start in range(0, dims, self.chunk):
@@ -95,21 +149,24 @@ class Exact(Divergence):
                 x,
                 basis.reshape(len(rows), *x.shape),
                 retain_graph=True,
+                create_graph=create_graph,
                 is_grads_batched=True,
             )
             total = total + (jacobian.flatten(2) * basis).sum((0, 2))
         return total[None]
 
 
+def _beside(values: Tensor, nodes: Tensor) -> Tensor:
+    """Squared distance of ``values`` to the line through their neighbours, a variance [N, B]."""
+    share = ((nodes[1:-1] - nodes[:-2]) / (nodes[2:] - nodes[:-2])).to(values)[:, None]
+    distance = values[1:-1] - (1 - share) * values[:-2] - share * values[2:]
+    inner = distance.square() / (1 + (1 - share) ** 2 + share**2)
+    return torch.cat([inner[:1], inner, inner[-1:]])
+
+
 def rademacher(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Tensor:
     """Signs, +1 or -1 with equal chance: the least variance of all independent entries."""
-    return (
-        rand(shape, generator, device=like.device, dtype=like.dtype)
-        .sub(0.5)
-        .sign()
-        .add(0.5)
-        .sign()
-    )
+    return 1 - 2 * (rand(shape, generator, device=like.device, dtype=like.dtype) < 0.5).to(like)
 
 
 def gaussian(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Tensor:
@@ -117,7 +174,37 @@ def gaussian(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Tens
     return randn(shape, generator, device=like.device, dtype=like.dtype)
 
 
-PROBES = {"rademacher": rademacher, "gaussian": gaussian}
+def independent(draw: Callable[..., Tensor]) -> Callable[..., Probes]:
+    """Fresh probes with nothing in common from one call to the next."""
+    return lambda shape, generator, like: lambda: draw(shape, generator, like)
+
+
+def orthogonal(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Probes:
+    """Random signs times a new row of a Hadamard matrix at every call.
+
+    Every row alone is a Rademacher probe; rows of successive calls are orthogonal (exactly where D
+    is a power of two), so that what one misses the next ones see.
+    """
+    signs = rademacher(shape, generator, like)
+    column = torch.arange(signs[0, 0].numel(), device=like.device).reshape(shape[2:])
+    size = 1 << (column.numel() - 1).bit_length()
+    calls = iter(range(2**62))
+
+    def draw() -> Tensor:
+        row = next(calls) % size
+        parity = column & row
+        for shift in (32, 16, 8, 4, 2, 1):
+            parity = parity ^ (parity >> shift)
+        return signs * (1 - 2 * (parity & 1)).to(like)
+
+    return draw
+
+
+PROBES = {
+    "rademacher": independent(rademacher),
+    "gaussian": independent(gaussian),
+    "orthogonal": orthogonal,
+}
 
 
 @dataclass(frozen=True)
@@ -130,12 +217,16 @@ class Hutchinson(Divergence):
     Reference: Hutchinson 1989; Grathwohl et al., FFJORD, 2019.
 
     Args:
-        num_probes: k; the standard error needs at least 2.
-        distribution: rademacher or gaussian.
+        num_probes: k, at one evaluation.
+        distribution: rademacher, gaussian, or orthogonal (signs, orthogonal from one evaluation
+            of a path to the next; their error bar takes them for independent and is too long).
+        basis: Where to draw them; if not given, the one of those that suit the data in which a
+            pilot finds the least variance.
     """
 
     num_probes: int = 2
     distribution: str = "rademacher"
+    basis: Basis | None = field(default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -143,18 +234,53 @@ class Hutchinson(Divergence):
         )
         validation.choice("Hutchinson", "distribution", self.distribution, PROBES)
 
-    def probes(self, x: Tensor, generator: Generator = None) -> Tensor:
-        draw = PROBES[self.distribution]
+    def in_basis(self, basis: Basis) -> Hutchinson:
+        return replace(self, basis=basis)
+
+    def with_probes(self, num_probes: int) -> Hutchinson:
+        return replace(self, num_probes=num_probes)
+
+    def bases(self, shape: tuple[int, ...]) -> list[Basis]:
+        if self.basis is not None:
+            return [self.basis]
+        return [Pixel()] if len(shape) < 2 else [Pixel(), Cosine(len(shape))]
+
+    def probes(self, x: Tensor, generator: Generator = None) -> Probes:
         # sample first, so that per-sample streams give sample i its own probes
-        return draw((len(x), self.num_probes, *x.shape[1:]), generator, x).transpose(0, 1)
+        shape = (len(x), self.num_probes, *x.shape[1:])
+        draw = PROBES[self.distribution](shape, generator, x)
+        basis = self.basis or Pixel()
+        return lambda: basis.to_data(draw()).transpose(0, 1)
 
     def passes(self, x: Tensor) -> int:
         return self.num_probes
 
-    def traces(self, value: Tensor, x: Tensor, probes: Tensor) -> Tensor:
+    def kept_variance(self, estimates: Tensor) -> Spread:
+        """From the spread of the probes; NaN for one, which cannot say."""
+        k = len(estimates)
+        variance = estimates.var(0, correction=1) if k > 1 else estimates[0] * math.nan
+        return Spread(variance / k, torch.full_like(variance, k - 1.0))
+
+    def fresh_variance(self, traces: Tensor, nodes: Tensor, weights: Tensor) -> Spread:
+        """From the spread of the probes at each node; with one, from its distance to the line
+        through the nodes beside it, which a bend of the trace only makes larger.
+
+        The degrees of freedom are those of Welch and Satterthwaite: where few nodes have most of
+        the variance, it is itself known from these few alone.
+        """
+        k = traces.shape[1]
+        variance = traces.var(1) / k if k > 1 else _beside(traces[:, 0], nodes)
+        parts = weights.square()[:, None] * variance
+        total = parts.sum(0)
+        freedom = max(1, k - 1) * total.square() / parts.square().sum(0)
+        return Spread(total, freedom.nan_to_num(math.inf))
+
+    def traces(self, value: Tensor, x: Tensor, probes: Tensor, *, create_graph: bool) -> Tensor:
         last = len(probes) - 1
         rows = [
-            torch.autograd.grad(value, x, probe, retain_graph=i < last)[0]
+            torch.autograd.grad(
+                value, x, probe, retain_graph=create_graph or i < last, create_graph=create_graph
+            )[0]
             for i, probe in enumerate(probes)
         ]
         return torch.stack(

@@ -2,142 +2,161 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 
 import torch
 from torch import Tensor
 
-from likelihood.divergence import Divergence, Exact, Hutchinson
+from likelihood.budget import suited
+from likelihood.divergence import Divergence
+from likelihood.result import LogLikelihood
+from likelihood.solvers import FixedGrid, Path, Solver
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow
-from sde_lib.samplers.adaptive import check_solver, integrate
+from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level
-
-
-@dataclass(frozen=True)
-class LogLikelihood:
-    """What :func:`log_likelihood` found.
-
-    Attributes:
-        log_prob: Log-density in nats, in the units of x, [B].
-        standard_error: Of ``log_prob``, from the spread of the probes, nats, [B]; zero with the
-            exact trace, NaN with a single probe, which says nothing of its own error.
-        latent: Where each sample ends at t_max, [B, ...].
-        nfe: Forward passes of the score function over the batch.
-        passes: Backward passes over the batch.
-    """
-
-    log_prob: Tensor
-    standard_error: Tensor
-    latent: Tensor
-    nfe: int
-    passes: int
 
 
 def log_likelihood(
     flow: ProbabilityFlow,
     x: Tensor,
     *,
+    solver: Solver | None = None,
     divergence: Divergence | None = None,
     generator: Generator = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    method: str = "dopri5",
-    max_evaluations: int = 10_000,
+    differentiable: bool = False,
 ) -> LogLikelihood:
     r"""Log-density of ``x`` under the model, by the instantaneous change of variables.
 
-    With z and u of :class:`sde_lib.reverse.ProbabilityFlow` and scale r,
+    With y = x/alpha, rho = sigma/alpha and u = log rho, along the path that starts at x,
 
-    .. math::  \log p(x) = \log \pi(x_T) + D \log \frac{r(t_{max})}{r(t_{min})}
-               + \int_{u_{min}}^{u_{max}} \mathrm{tr} \frac{\partial}{\partial z} \frac{dz}{du}\,
-               du
+    .. math::  \log p(x) = \log \pi(x_T) + D \log \frac{\alpha(t_{max})}{\alpha(t_{min})}
+               + \int_{u_{min}}^{u_{max}} \mathrm{tr} \frac{\partial (\varrho\, \hat\varepsilon)}
+               {\partial y}\, du
 
     ``x`` is taken to be a sample at t_min: the density is that of the data with noise sigma(t_min)
-    added. State and divergence are integrated together, in float64, by an adaptive solver that
-    bounds the error of every sample, of z by its root mean square and of log p per
-    dimension; the network is called in the dtype of ``x``. Step sizes are shared by the batch, so
-    a sample agrees with itself in another batch to the tolerance, not to the bit.
+    added, and ``truncation`` of the result says about how far that is from t = 0.
 
     Reference: Chen et al., Neural Ordinary Differential Equations, 2018; Song et al. 2021,
     appendix D.2.
 
     Args:
         flow: ``probability_flow(sde, score)``; the score must be differentiable with respect to x.
-        x: Samples in model units, [B, ...].
-        divergence: :class:`Exact` or :class:`Hutchinson`; exact up to 16 dimensions, else two
-            Rademacher probes, if not given.
+        x: Samples in model units, [B, ...], float32 or float64.
+        solver: :class:`likelihood.FixedGrid` (64 nodes if not given) or
+            :class:`likelihood.Adaptive`.
+        divergence: :class:`likelihood.Exact` or :class:`likelihood.Hutchinson`; exact up to 16
+            dimensions, else two fresh Rademacher probes a node, if not given.
         generator: Source of the probes; a ``PerSample`` makes them independent of the batch.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance, on z and on log p per dimension.
-        method: dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun.
-        max_evaluations: Evaluations after which to give up.
+        differentiable: Keep the graph, so that ``log_prob`` and ``latent`` can be differentiated
+            with respect to x and to whatever the score function depends on; memory grows with the
+            number of nodes.
 
     Raises:
         ValueError: If ``x`` is not a batch of finite numbers, or the score is not differentiable.
-        SamplingError: If the solver gives up; the message says where and why.
+        SamplingError: If the score is not finite or a solver gives up; the message says where and
+            why, its ``partial`` is the result of the other samples (NaN in those that failed) if
+            there is one.
     """
-    _check(x, rtol, atol, method)
-    if divergence is None:
-        divergence = Exact() if x[0].numel() <= 16 else Hutchinson()
-    probes = divergence.probes(x, generator)
-    dims = x[0].numel()
-    start, end = flow.clock_range()
-    clock = torch.tensor([start, end], dtype=torch.float64, device=x.device)
-    levels = flow.level_at(clock)
-    scales = flow.scale(levels)
-    nfe = 0
+    began = time.monotonic()
+    solver = FixedGrid() if solver is None else solver
+    _check(x)
+    solver.check(x)
+    divergence = divergence or suited(tuple(x.shape[1:]))
+    with torch.set_grad_enabled(differentiable):
+        path = solver.solve(flow, x, divergence, generator, differentiable=differentiable)
+        result = _result(flow, x, path, began)
+    _check_finite(result)
+    return result
 
-    def rate(u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        nonlocal nfe
-        nfe += 1
-        velocity, trace = _rate(flow, flow.level_at(u), state[0].to(x.dtype), divergence, probes)
-        return velocity.double(), trace.double() / dims
 
-    traces = torch.zeros(len(probes), len(x), dtype=torch.float64, device=x.device)
-    states, integrals = integrate(
-        rate,
-        (x.double() / scales[0], traces),
-        clock,
-        method=method,
-        rtol=rtol,
-        atol=atol,
-        max_evaluations=max_evaluations,
-        norm=_worst_sample,
-    )
-    latent = scales[1] * states[-1]
-    log_probs = flow.prior_log_prob(latent) + dims * (
-        integrals[-1] + torch.log(scales[1] / scales[0])
+def _result(flow: ProbabilityFlow, x: Tensor, path: Path, began: float) -> LogLikelihood:
+    """Prior, volume change and error budget of a solved ``path``."""
+    ends = torch.tensor(flow.clock_range(), dtype=torch.float64, device=x.device)
+    start, end = flow.level_at(ends).rows()
+    scale = flow.scale(end)
+    latent = scale * path.z
+    log_prior = flow.prior_log_prob(latent)
+    log_prob = log_prior + x[0].numel() * torch.log(end.alpha / start.alpha) + path.volume
+    difference = (
+        log_prior.detach() - flow.prior_log_prob(scale * path.z_other) + path.volume_difference
     )
     return LogLikelihood(
-        log_prob=log_probs.mean(0).to(x.dtype),
-        standard_error=divergence.standard_error(log_probs).to(x.dtype),
+        log_prob=log_prob.to(x.dtype),
+        standard_error=path.spread.variance.sqrt().to(x.dtype),
+        freedom=path.spread.freedom.to(x.dtype),
         latent=latent.to(x.dtype),
-        nfe=nfe,
-        passes=nfe * divergence.passes(x),
+        nfe=path.nfe,
+        passes=path.passes,
+        solver_error=(difference.abs() / (2 ** (path.order - 1) - 1)).to(x.dtype),
+        truncation=_truncation(x.detach().double(), start, *path.first).to(x.dtype),
+        prior_mismatch=_prior_mismatch(flow, latent.detach(), x, end, *path.last).to(x.dtype),
+        clock=path.clock,
+        trace=path.trace.to(x.dtype),
+        pilot_nfe=path.pilot_nfe + 1,
+        seconds=time.monotonic() - began,
     )
 
 
-def _rate(
-    flow: ProbabilityFlow, level: Level, z: Tensor, divergence: Divergence, probes: Tensor
-) -> tuple[Tensor, Tensor]:
-    """dz/du and k estimates [k, B] of its trace; that of the linear part needs no probe."""
-    linear = flow.noise_share(level).to(z).square()
-    value, trace = divergence(lambda z: flow.noise_part(z, level), z, probes)
-    return value - linear * z, trace - linear * z[0].numel()
+def _truncation(x: Tensor, level: Level, noise: Tensor, trace: Tensor) -> Tensor:
+    r"""First-order log p at t = 0 minus log p at t_min, [B].
+
+    The density q of y = x/alpha obeys the heat equation in rho²,
+    :math:`2\,\partial \log q / \partial \varrho^2 = \nabla\cdot s + |s|^2` with
+    :math:`\varrho s = -\hat\varepsilon`; the change from y to x adds D log alpha and a shift of
+    the argument.
+    """
+    heat = 0.5 * (trace - noise.flatten(1).square().sum(1))
+    shift = (1 / level.alpha - 1) / level.noise_ratio * (x * noise).flatten(1).sum(1)
+    return heat + x[0].numel() * torch.log(level.alpha) + shift
 
 
-def _worst_sample(error: tuple[Tensor, Tensor]) -> Tensor:
-    """Norm of a scaled error: no sample hides behind its neighbours, nor log p behind x."""
-    z, trace = error
-    return torch.maximum(z.flatten(1).square().mean(1).max().sqrt(), trace.abs().max())
+@torch.no_grad()
+def _prior_mismatch(
+    flow: ProbabilityFlow, latent: Tensor, x: Tensor, level: Level, noise: Tensor, trace: Tensor
+) -> Tensor:
+    r"""Second-order log p minus log-prior at the ``latent``, [B].
+
+    The ratio of the noised density to N(0, sigma²) is nearly the exponential of a quadratic form
+    :math:`g = a \cdot x + \tfrac12 x^T Q x + c`, since alpha/sigma is small. Its gradient is
+    known at the latent, its linear part at the origin, tr Q from the trace, and c from
+    the fact that densities integrate to one.
+    """
+    linear = level.noise(flow.score(torch.zeros_like(x[:1]), level.t).double())  # at the origin
+    sigma = level.sigma
+    # gradient of g, times sigma: x / sigma - eps_hat
+    gradient = latent / sigma - noise
+    first = -(latent * linear).flatten(1).sum(1) / sigma
+    second = 0.5 * (latent * (gradient + linear)).flatten(1).sum(1) / sigma
+    constant = -0.5 * (latent[0].numel() - trace) - 0.5 * linear.square().sum()
+    own_prior = flow.sde.prior_log_prob(latent) + first + second + constant
+    return own_prior - flow.prior_log_prob(latent)
 
 
-def _check(x: Tensor, rtol: float, atol: float, method: str) -> None:
-    if x.ndim < 2 or not x.is_floating_point() or not bool(torch.isfinite(x).all()):
+def _check(x: Tensor) -> None:
+    wanted = x.ndim >= 2 and x.dtype in (torch.float32, torch.float64)
+    if not wanted or x.numel() == 0 or not bool(torch.isfinite(x).all()):
         raise ValueError(
-            "log_likelihood needs a batch [B, ...] of finite floating-point numbers; "
-            f"got shape {tuple(x.shape)}, "
-            f"{x.dtype}{'' if torch.isfinite(x).all() else ', with NaN or infinity'}."
+            "log_likelihood needs a batch [B, ...] of finite floating-point numbers, float32 or "
+            f"float64; got shape {tuple(x.shape)}, "
+            f"{x.dtype}{'' if torch.isfinite(x).all() else ', with NaN or infinity'}. A network "
+            "in half precision converts inside its score function."
         )
-    check_solver("log_likelihood", rtol, atol, method, x.dtype)
+
+
+def _check_finite(result: LogLikelihood) -> None:
+    """The one wait for the device, at the end."""
+    bad = ~torch.isfinite(result.log_prob)
+    if bool(bad.any()):
+        where = "at the end"
+        rows = torch.isfinite(result.trace).all(1)
+        if len(rows) and not bool(rows.all()):
+            node = int((~rows).nonzero()[0])
+            where = f"from node {node} on, log(sigma/alpha) = {float(result.clock[node]):.4g}"
+        error = SamplingError(
+            f"log_likelihood: {int(bad.sum())} of {len(bad)} samples are not finite {where}, the "
+            f"first is sample {int(bad.nonzero()[0])}; does the score function return NaN or "
+            "infinity there?"
+        )
+        error.partial = result
+        raise error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,11 +63,13 @@ class ProbabilityFlow:
         sde: The forward process.
         score: Score function (x, t) -> score.
         log_prior: Log-density [B] at t_max, if it is known better than the process's own prior.
+        memory: What a likelihood has found out about this flow and need not find out again.
     """
 
     sde: SDE
     score: Score
     log_prior: Callable[[Tensor], Tensor] | None = None
+    memory: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity dx/dt at ``x`` [B, ...] and ``t`` [] or [B]."""
@@ -98,7 +101,7 @@ class ProbabilityFlow:
         """The part of dz/du that asks the network, at ``z`` [B, ...] and one ``level`` of []."""
         scale, share = self.scale(level).to(z), self.noise_share(level).to(z)
         level = level.like(z)
-        return share * level.noise(self.score(scale * z, level.t))
+        return share * level.noise(self.score(scale * z, level.t).to(z.dtype))
 
     def scaled_velocity(self, z: Tensor, level: Level) -> Tensor:
         """dz/du at ``z`` [B, ...] and one ``level`` of scalars []."""

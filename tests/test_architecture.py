@@ -64,7 +64,9 @@ sde, data = sde_lib.VPSDE(), Gaussian(torch.zeros(2), 1.0)
 x = Heun(steps=3)(data.score(sde), sde, torch.zeros(4, 2))
 assert x.isfinite().all()
 try:
-    likelihood.log_likelihood(sde_lib.probability_flow(sde, data.score(sde)), x)
+    flow = sde_lib.probability_flow(sde, data.score(sde))
+    assert likelihood.log_likelihood(flow, x).log_prob.isfinite().all()
+    likelihood.log_likelihood(flow, x, solver=likelihood.Adaptive())
 except ModuleNotFoundError as error:
     print(error)
 """

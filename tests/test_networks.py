@@ -88,13 +88,13 @@ def test_exact_trace_and_hutchinson_of_a_network_equal_its_jacobian(network, sha
     truth = matrix.diagonal(dim1=1, dim2=2).sum(1)
 
     exact = Exact(chunk=7)
-    value, trace = exact(lambda a: network(a, level), x, exact.probes(x))
+    value, trace = exact(lambda a: network(a, level), x, exact.probes(x)())
     assert_close(value, network(x, level).detach())
     assert_close(trace[0], truth)
 
     estimator, k = Hutchinson(num_probes=400), 400
     _, traces = estimator(
-        lambda a: network(a, level), x, estimator.probes(x, torch.Generator().manual_seed(3))
+        lambda a: network(a, level), x, estimator.probes(x, torch.Generator().manual_seed(3))()
     )
     symmetric = (matrix + matrix.mT) / 2
     off_diagonal = symmetric - torch.diag_embed(symmetric.diagonal(dim1=1, dim2=2))

@@ -28,7 +28,7 @@ def integrate(
     *,
     method: str,
     rtol: float,
-    atol: float,
+    atol: float | tuple[float, ...],
     max_evaluations: int,
     norm: Callable[[State], Tensor] | None = None,
 ) -> State:
@@ -42,7 +42,7 @@ def integrate(
         clock: Monotone clock values, [N] float64.
         method: One of ``ADAPTIVE_METHODS``.
         rtol: Relative tolerance.
-        atol: Absolute tolerance.
+        atol: Absolute tolerance, or one for each tensor of the state.
         max_evaluations: Evaluations after which to give up.
         norm: Norm of the error, of a tensor or tuple like the state; root mean square if not
             given.
@@ -86,7 +86,7 @@ def integrate(
             f"{method}: the step size fell to nothing at log(sigma/alpha) = "
             f"{float(reached[0]):.4g} after "
             f"{reached[1]} evaluations; either {cause}, or rtol={rtol:g}, "
-            f"atol={atol:g} ask for more than "
+            f"atol={atol} ask for more than "
             "the dtype holds."
         ) from error
 

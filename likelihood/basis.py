@@ -1,0 +1,79 @@
+"""Orthonormal bases to draw probes in: where the Jacobian is nearly diagonal, probes say more."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Basis(ABC):
+    r"""An orthonormal change of coordinates Q.
+
+    Probes :math:`v = Q\,w` with independent signs w are unbiased in every basis, and their
+    variance is that of the off-diagonal of :math:`Q^T J Q`.
+    """
+
+    @abstractmethod
+    def to_data(self, coordinates: Tensor) -> Tensor:
+        """Q times ``coordinates``, [..., *shape of a sample], in the same shape."""
+
+
+@dataclass(frozen=True)
+class Pixel(Basis):
+    """The coordinates of the data themselves: no change."""
+
+    def to_data(self, coordinates: Tensor) -> Tensor:
+        return coordinates
+
+
+@dataclass(frozen=True)
+class Cosine(Basis):
+    """The discrete cosine transform (DCT-II, orthonormal) over all axes of a sample.
+
+    Noised images are nearly uncorrelated in it; over the channels of a colour image it separates
+    grey from colour. For vectors, whose order means nothing, it has no reason to help.
+
+    Args:
+        axes: Number of axes of a sample.
+    """
+
+    axes: int
+
+    def to_data(self, coordinates: Tensor) -> Tensor:
+        for axis in range(-self.axes, 0):
+            matrix = cosines(coordinates.shape[axis]).to(coordinates)
+            coordinates = torch.movedim(torch.movedim(coordinates, axis, -1) @ matrix, -1, axis)
+        return coordinates
+
+
+def cosines(size: int) -> Tensor:
+    """Orthonormal DCT-II, [size, size] float64; row k is the cosine of frequency k."""
+    k = torch.arange(size, dtype=torch.float64)
+    rows = torch.cos(math.pi / size * k[:, None] * (k[None] + 0.5)) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+@dataclass(frozen=True, eq=False)
+class Principal(Basis):
+    """The principal axes of the data.
+
+    Args:
+        axes: Orthogonal matrix [D, D]; column i is the i-th axis.
+    """
+
+    axes: Tensor
+
+    @classmethod
+    def of(cls, samples: Tensor) -> Principal:
+        """Eigenvectors of the covariance of ``samples`` [N, ...] in model units."""
+        flat = samples.flatten(1).double()
+        return cls(torch.linalg.eigh(torch.cov(flat.T).reshape(flat.shape[1], -1)).eigenvectors)
+
+    def to_data(self, coordinates: Tensor) -> Tensor:
+        flat = coordinates.reshape(-1, len(self.axes))
+        return (flat @ self.axes.to(flat).mT).reshape(coordinates.shape)

@@ -1,0 +1,153 @@
+"""A cheap look at a flow, once, that says where the nodes of a likelihood belong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from likelihood.divergence import Divergence
+from sde_lib.adams import Adams, quadrature_weights
+from sde_lib.reverse import ProbabilityFlow
+
+SAMPLES, NODES, SEED = 16, 33, 0
+RESOLVED = 0.5  # dimensions: with fewer than these still open, or open yet, little happens
+THINNING = 0.3  # nodes get sparse like exp(-0.3 |u - edge|) outside the range of the data
+FLOOR = 0.02
+
+
+@dataclass(frozen=True)
+class Pilot:
+    r"""What a likelihood needs to know of a flow: its trace and the noise of it, by noise level.
+
+    The trace :math:`T(u) = \mathrm{tr}\,\partial(\varrho\hat\varepsilon)/\partial y` rises from
+    0, where the noise is finer than anything in the data, to D, where it hides them all; what lies
+    between is the data's range of scales, and there the nodes belong.
+
+    Args:
+        clock: u = log(sigma/alpha), increasing, [M].
+        trace: Mean of T over pilot samples, [M].
+        variance: Mean variance of a single probe's estimate of T, [M].
+        dims: D.
+        divergence: The estimator, in the basis in which its variance was least.
+        nfe: Forward passes that it took, of one sample each.
+    """
+
+    clock: Tensor
+    trace: Tensor
+    variance: Tensor
+    dims: int
+    divergence: Divergence
+    nfe: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, flow: ProbabilityFlow, like: Tensor, divergence: Divergence, *, samples: int = SAMPLES
+    ) -> Pilot:
+        """Draw a few samples of the model, roughly, and watch the trace along their paths.
+
+        Depends on the flow and on shape, dtype and device of ``like`` alone: not on its values,
+        so that no sample sees the others. Remembered by the flow.
+        """
+        shape = tuple(like.shape[1:])
+        key = ("pilot", shape, like.dtype, str(like.device), divergence, samples)
+        if key not in flow.memory:
+            flow.memory[key] = cls._of(flow, like, divergence, samples)
+        return flow.memory[key]
+
+    @classmethod
+    def _of(
+        cls, flow: ProbabilityFlow, like: Tensor, divergence: Divergence, samples: int
+    ) -> Pilot:
+        shape, generator = tuple(like.shape[1:]), torch.Generator().manual_seed(SEED)
+        x = flow.sde.prior_sample((samples, *shape), generator=generator, dtype=torch.float64)
+        start, end = flow.clock_range()
+        clock = torch.linspace(end, start, NODES, dtype=torch.float64)
+        levels = flow.level_at(clock.to(like.device)).rows()
+        variants = [divergence.in_basis(basis) for basis in divergence.bases(shape)]
+        template = torch.zeros(samples, *shape, dtype=like.dtype)
+        sources = [variant.probes(template, generator) for variant in variants]
+        seen: list[Tensor] = []
+
+        def rate(i: int, z: Tensor) -> Tensor:
+            level, z = levels[i], z.to(like.dtype)
+            draws = [_two_or_more(source).to(z.device) for source in sources]
+            value, traces = divergence(
+                lambda z: flow.noise_part(z, level), z, torch.cat(draws, dim=0)
+            )
+            seen.append(traces.double().reshape(len(variants), -1, samples))
+            return value.double() - flow.noise_share(level).square() * z
+
+        x = x.to(like.device)
+        Adams(clock, order=2).solve(rate, x / flow.scale(levels[0]))
+        traces = torch.stack(seen, dim=1).flip(1).cpu()  # [variants, M, k, samples]
+        single = traces.shape[2] == 1  # an exact trace
+        variance = torch.zeros(traces.shape[:2]) if single else traces.var(2).mean(2)
+        best = int(variance.clamp(min=0).sqrt().sum(1).argmin())
+        return cls(
+            clock=clock.flip(0),
+            trace=traces.mean((2, 3))[best],
+            variance=variance[best].double(),
+            dims=template[0].numel(),
+            divergence=variants[best],
+            nfe=NODES * samples,
+        )
+
+    def nodes(self, count: int) -> Tensor:
+        """Where to evaluate, [count] increasing, float64: both ends and as dense as needed."""
+        if count == 2:
+            return self.clock[[0, -1]].clone()
+        fine = torch.linspace(float(self.clock[0]), float(self.clock[-1]), 2001).double()
+        density = self.density(fine)
+        mass = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(density, fine)])
+        nodes = interpolated(torch.linspace(0, 1, count).double() * mass[-1], mass, fine)
+        nodes[0], nodes[-1] = self.clock[0], self.clock[-1]
+        return nodes
+
+    def scales(self) -> tuple[float, float]:
+        """The range of log rho in which the data have structure: T from 1/2 to D - 1/2."""
+        edges = (
+            _crossing(self.clock, self.trace, RESOLVED),
+            -_crossing(-self.clock.flip(0), (self.dims - self.trace).flip(0), RESOLVED),
+        )
+        return min(edges), max(edges)
+
+    def density(self, clock: Tensor) -> Tensor:
+        """Nodes per unit of the clock at ``clock`` [N], up to a factor."""
+        low, high = self.scales()
+        outside = (low - clock).clamp(min=0) + (clock - high).clamp(min=0)
+        return torch.exp(-THINNING * outside) + FLOOR
+
+    def predicted_variance(self, nodes: Tensor, order: int) -> float:
+        """Mean variance of log p, nats², with one fresh probe at each of ``nodes``."""
+        weights = quadrature_weights(nodes, order)
+        variance = interpolated(nodes, self.clock, self.variance)
+        return float((weights.square() * variance).sum())
+
+
+def interpolated(at: Tensor, points: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation of ``values`` at increasing ``points``, evaluated ``at`` [N]."""
+    cell = (torch.searchsorted(points, at) - 1).clamp(0, len(points) - 2)
+    width = (points[cell + 1] - points[cell]).clamp(min=1e-300)
+    share = ((at - points[cell]) / width).clamp(0, 1)
+    return values[cell] + share * (values[cell + 1] - values[cell])
+
+
+def _two_or_more(source: object) -> Tensor:
+    """At least two probes, [k, B, ...]: one alone has no spread."""
+    first = source()
+    return first if len(first) > 1 or first.numel() == 0 else torch.cat([first, source()])
+
+
+def _crossing(clock: Tensor, values: Tensor, level: float) -> float:
+    """Where ``values`` at increasing ``clock`` first pass ``level``; an end if they never do."""
+    above = (values >= level).nonzero()
+    if len(above) == 0:
+        return float(clock[-1])
+    i = int(above[0])
+    if i == 0:
+        return float(clock[0])
+    share = (level - values[i - 1]) / (values[i] - values[i - 1])
+    return float(clock[i - 1] + share * (clock[i] - clock[i - 1]))

@@ -1,0 +1,458 @@
+"""The fixed grid: unbiased with fresh probes, and every part of its error budget against truth."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from likelihood import (
+    Adaptive,
+    Cosine,
+    Exact,
+    FixedGrid,
+    Hutchinson,
+    Pilot,
+    Pixel,
+    Principal,
+    log_likelihood,
+    plan,
+)
+from likelihood.result import student_quantile
+from sde_lib import (
+    EDMSDE,
+    VESDE,
+    VPSDE,
+    PerSample,
+    ProbabilityFlow,
+    SubVPSDE,
+    probability_flow,
+)
+from sde_lib.oracles import Gaussian, GaussianMixture
+from sde_lib.samplers import SamplingError
+
+PROCESSES = [VPSDE(), SubVPSDE(), VESDE(), EDMSDE()]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def vectors(dims=24):
+    """A mixture of 4 components with standard deviations from 0.05 to 1."""
+    means = torch.randn(4, dims, generator=seeded(1))
+    stds = torch.exp(torch.linspace(math.log(0.05), 0, dims)).expand(4, dims)
+    return GaussianMixture(means, stds)
+
+
+def correlated(dims=24):
+    """A Gaussian far from diagonal: probes in its coordinates say little of the trace."""
+    a = torch.randn(dims, dims, generator=seeded(2))
+    return Gaussian(torch.zeros(dims), covariance=a @ a.T / dims + 0.01 * torch.eye(dims))
+
+
+def exact_flow(sde, data):
+    return probability_flow(
+        sde, data.score(sde), log_prior=lambda x: data.log_prob(x, sde, sde.t_max)
+    )
+
+
+def noised(data, sde, count, seed=0):
+    return data.sample(count, generator=seeded(seed), sde=sde, t=sde.t_min)
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=repr)
+@pytest.mark.parametrize("data", [vectors(), correlated()], ids=["mixture", "gaussian"])
+def test_integration_error_is_below_a_tenth_of_a_nat_by_96_nodes(sde, data):
+    x = noised(data, sde, 32).double()
+    result = log_likelihood(exact_flow(sde, data), x, divergence=Exact(), solver=FixedGrid(96))
+    error = result.log_prob - data.log_prob(x, sde, sde.t_min)
+    assert float(error.square().mean().sqrt()) < 0.01
+    # what the halved grid says of it is neither silent nor wild
+    assert float(error.abs().mean()) < 2 * float(result.solver_error.mean()) + 1e-4
+    assert float(result.solver_error.mean()) < 0.1
+
+
+@pytest.mark.parametrize("nodes", [12, 16, 24, 32, 48, 64])
+def test_the_solver_error_covers_the_integration_error(nodes):
+    sde, data = VPSDE(), vectors()
+    x = noised(data, sde, 200).double()
+    result = log_likelihood(exact_flow(sde, data), x, divergence=Exact(), solver=FixedGrid(nodes))
+    error = (result.log_prob - data.log_prob(x, sde, sde.t_min)).abs()
+    assert float(error.mean()) < 3 * float(result.solver_error.mean())
+    assert float(result.solver_error.mean()) < 30 * float(error.mean()) + 1e-3
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("basis", ["pixel", "cosine", "principal"])
+@pytest.mark.parametrize("num_probes", [1, 2])
+def test_fresh_probes_are_unbiased_in_every_basis(distribution, basis, num_probes):
+    sde, data = VPSDE(), correlated()
+    axes = {
+        "pixel": Pixel(),
+        "cosine": Cosine(1),
+        "principal": Principal.of(data.sample(5000, generator=seeded(3))),
+    }[basis]
+    x = noised(data, sde, 1, seed=4).expand(300, 24)  # one point, 300 sets of probes
+    probes = Hutchinson(num_probes, distribution, axes)
+    result = log_likelihood(
+        exact_flow(sde, data), x, divergence=probes, generator=seeded(5), solver=FixedGrid(40)
+    )
+    error = result.log_prob.double() - data.log_prob(x[:1].double(), sde, sde.t_min)
+    assert abs(float(error.mean())) < 5 * float(error.std()) / 300**0.5 + 2e-3
+    if distribution != "orthogonal":  # whose error bar is too long, by its docstring
+        ratio = float(error.square().mean() / result.standard_error.square().mean())
+        assert ratio < 1 + 5 * (2 / 300) ** 0.5 + 0.1
+        # a single probe cannot tell little noise from a bend of the trace
+        assert num_probes == 1 or ratio > 1 - 5 * (2 / 300) ** 0.5 - 0.1
+    elif basis == "pixel":
+        assert float(error.square().mean()) < float(result.standard_error.square().mean())
+
+
+def test_intervals_cover_the_truth_in_95_percent_of_cases():
+    covered, cases = 0.0, 0
+    for sde in (VPSDE(), EDMSDE()):
+        for data in (vectors(), correlated()):
+            x = noised(data, sde, 600, seed=6)
+            result = log_likelihood(
+                exact_flow(sde, data),
+                x,
+                divergence=Hutchinson(2),
+                generator=seeded(7),
+                solver=FixedGrid(48),
+            )
+            truth = data.log_prob(x.double(), sde, sde.t_min)
+            low, high = result.interval()
+            covered += float(((low <= truth) & (truth <= high)).double().sum())
+            cases += len(x)
+            assert float(result.standard_error.mean()) > 0.1, "the probes matter"
+    assert cases == 2400 and 0.93 <= covered / cases <= 0.97
+
+
+def test_fresh_probes_have_a_fraction_of_the_variance_of_kept_ones():
+    sde, data = VPSDE(), correlated()
+    x = noised(data, sde, 200)
+
+    def variance(fresh):
+        result = log_likelihood(
+            exact_flow(sde, data),
+            x,
+            divergence=Hutchinson(1, basis=Pixel()),
+            generator=seeded(8),
+            solver=FixedGrid(48, fresh=fresh),
+        )
+        return float((result.log_prob - data.log_prob(x, sde, sde.t_min)).square().mean())
+
+    assert variance(True) < variance(False) / 8
+
+
+def test_orthogonal_signs_of_successive_nodes_are_orthogonal_and_each_is_unbiased():
+    probes = Hutchinson(1, "orthogonal", Pixel()).probes(torch.zeros(4000, 8), seeded())
+    rows = torch.stack([probes()[0] for _ in range(8)])  # [8 nodes, B, 8]
+    assert set(rows.unique().tolist()) == {-1.0, 1.0}
+    gram = torch.einsum("nbd,mbd->bnm", rows, rows)
+    assert_close(gram, 8 * torch.eye(8).expand(4000, 8, 8))
+    second = torch.einsum("bd,be->de", rows[3], rows[3]) / 4000
+    assert_close(second, torch.eye(8), rtol=0, atol=5 / 4000**0.5)
+
+
+@pytest.mark.parametrize("shape", [(6,), (3, 5), (1, 4, 6), (3, 4, 4), (1, 2, 3, 4)])
+def test_bases_are_orthonormal(shape):
+    size = math.prod(shape)
+    data = torch.randn(4 * size, *shape, generator=seeded())
+    eye = torch.eye(size, dtype=torch.float64).reshape(size, *shape)
+    for basis in (Pixel(), Cosine(len(shape)), Principal.of(data)):
+        q = basis.to_data(eye).reshape(size, size)
+        assert_close(q @ q.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_principal_axes_are_those_of_the_data_and_leave_no_noise_for_a_gaussian():
+    sde, data = VPSDE(), correlated(12)
+    axes = Principal.of(data.sample(200_000, generator=seeded()))
+    overlap = (axes.axes.T @ data.axes).abs().max(1).values
+    assert float(overlap.min()) > 0.98
+    exact = Principal(data.axes)
+    result = log_likelihood(
+        exact_flow(sde, data), noised(data, sde, 8), divergence=Hutchinson(2, basis=exact)
+    )
+    assert float(result.standard_error.max()) < 1e-3
+
+
+def test_the_pilot_chooses_the_basis_in_which_probes_say_most():
+    sde = VPSDE()
+    cosines = Cosine(3).to_data(torch.eye(64, dtype=torch.float64).reshape(64, 1, 8, 8))
+    q = cosines.reshape(64, 64)
+    variances = torch.logspace(0, -3, 64, dtype=torch.float64)
+    smooth = Gaussian(torch.zeros(1, 8, 8), covariance=q.T @ torch.diag(variances) @ q)
+    rough = Gaussian(torch.zeros(1, 8, 8), variances.sqrt().reshape(1, 8, 8))
+    for data, basis in ((smooth, Cosine(3)), (rough, Pixel())):
+        pilot = Pilot.of(
+            probability_flow(sde, data.score(sde)), torch.zeros(1, 1, 8, 8), Hutchinson()
+        )
+        assert pilot.divergence.basis == basis
+
+
+def test_the_pilot_finds_the_range_of_scales_and_puts_the_nodes_there():
+    sde = VPSDE()
+    data = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.05)
+    pilot = Pilot.of(probability_flow(sde, data.score(sde)), torch.zeros(1, 2), Exact())
+    low, high = pilot.scales()
+    # T = D rho² / (rho² + std²) is half a dimension of two at rho = std / sqrt(3)
+    assert low == pytest.approx(math.log(0.05 / 3**0.5), abs=0.15)
+    assert math.log(0.5) < high < math.log(3.0)
+    nodes = pilot.nodes(64)
+    assert bool((nodes.diff() > 0).all())
+    start, end = probability_flow(sde, data.score(sde)).clock_range()
+    assert (float(nodes[0]), float(nodes[-1])) == (start, end)
+    inside = ((nodes > low) & (nodes < high)).double().mean()
+    assert float(inside) > 1.2 * (high - low) / (end - start)
+
+
+def test_the_pilot_looks_at_no_sample_and_only_once():
+    sde, data = VPSDE(), vectors()
+    calls = []
+
+    def score(x, t):
+        calls.append(len(x))
+        return data.score(sde)(x, t)
+
+    flow = probability_flow(sde, score)
+    first = log_likelihood(flow, noised(data, sde, 3), solver=FixedGrid(16))
+    before = len(calls)
+    second = log_likelihood(flow, noised(data, sde, 3, seed=9), solver=FixedGrid(16))
+    assert calls.count(16) == 33 and len(calls) - before < before
+    assert first.pilot_nfe == 33 * 16 + 1 and second.pilot_nfe == 1
+    assert torch.equal(first.clock, second.clock)
+
+
+@pytest.mark.parametrize("probes", [Hutchinson(2), Exact()], ids=str)
+def test_a_sample_is_the_same_in_every_batch(probes):
+    sde, data = VPSDE(), vectors()
+    x = noised(data, sde, 9)
+    flow = probability_flow(sde, data.score(sde))
+
+    def run(rows):
+        return log_likelihood(
+            flow, x[rows], divergence=probes, generator=PerSample(rows), solver=FixedGrid(24)
+        )
+
+    together = run(range(9))
+    for rows in ([0], [4, 5], [8, 1, 3]):
+        alone = run(rows)
+        for name in ("log_prob", "standard_error", "latent", "truncation", "solver_error"):
+            assert_close(getattr(alone, name), getattr(together, name)[rows], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "sde", [VPSDE(t_min=1e-2), VESDE(sigma_min=0.05), EDMSDE(sigma_min=0.03)], ids=repr
+)
+def test_truncation_leads_from_t_min_to_the_density_of_the_data(sde):
+    data = Gaussian(torch.tensor([0.3, -0.2, 0.5]), torch.tensor([0.5, 0.4, 0.8]))
+    x = data.sample(200, generator=seeded()).double()
+    result = log_likelihood(exact_flow(sde, data), x, solver=FixedGrid(96))
+    gap = data.log_prob(x) - data.log_prob(x, sde, sde.t_min)
+    assert float(gap.abs().mean()) > 1e-3
+    # of second order in sigma² / variance, which is 0.016 at most
+    assert float((result.truncation - gap).abs().mean()) < 0.1 * float(gap.abs().mean())
+
+
+@pytest.mark.parametrize("sde", PROCESSES, ids=repr)
+def test_prior_mismatch_is_the_log_ratio_of_the_noised_density_to_the_prior(sde):
+    data = GaussianMixture(2 * torch.randn(5, 24, generator=seeded()), 0.5)
+    x = noised(data, sde, 100)
+    result = log_likelihood(
+        probability_flow(sde, data.score(sde)), x.double(), solver=FixedGrid(64)
+    )
+    gap = data.log_prob(result.latent, sde, sde.t_max) - sde.prior_log_prob(result.latent)
+    size = float(gap.square().mean().sqrt())
+    assert 1e-3 < size < 0.2
+    assert float((result.prior_mismatch - gap).square().mean().sqrt()) < 0.15 * size
+    known = log_likelihood(exact_flow(sde, data), x.double(), solver=FixedGrid(64))
+    assert float(known.prior_mismatch.square().mean().sqrt()) < 0.15 * size
+
+
+def test_information_by_noise_level_is_the_posterior_variance_over_that_of_the_noise():
+    sde, std = VPSDE(), torch.tensor([0.1, 1.0, 0.5])
+    data = Gaussian(torch.zeros(3), std)
+    result = log_likelihood(exact_flow(sde, data), noised(data, sde, 4).double())
+    rho = result.clock.exp()[:, None]
+    wanted = (std**2 / (std**2 + rho**2)).sum(1)  # posterior variance s² rho² / (s² + rho²)
+    assert_close(result.information(), wanted[:, None].expand(-1, 4), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.2])
+def test_a_plan_reaches_its_standard_error_and_a_smaller_one_costs_more(target):
+    sde, data = VPSDE(), correlated()
+    flow, x = exact_flow(sde, data), noised(data, sde, 200)
+    solver, probes = plan(flow, x[:1], target)
+    result = log_likelihood(flow, x, solver=solver, divergence=probes, generator=seeded())
+    reached = float(result.standard_error.square().mean().sqrt())
+    assert 0.4 * target < reached < 1.25 * target
+    finer, more = plan(flow, x[:1], target / 2)
+    assert finer.nodes * more.num_probes > solver.nodes * probes.num_probes
+
+
+def test_a_plan_out_of_reach_says_what_can_be_had():
+    sde, data = VPSDE(), correlated()
+    with pytest.raises(ValueError, match=r"out of reach: 512 nodes of 32 probes leave 0\.\d+"):
+        plan(probability_flow(sde, data.score(sde)), torch.zeros(1, 24), 1e-4)
+    solver, exact = plan(
+        probability_flow(sde, data.score(sde)), torch.zeros(1, 24), 1e-4, divergence=Exact()
+    )
+    assert exact == Exact()
+
+
+@pytest.mark.parametrize("probes", [Exact(), Hutchinson(2)], ids=str)
+def test_log_prob_is_differentiable_by_gradcheck(probes):
+    sde = VPSDE()
+    scale = torch.tensor([0.8, 1.3], dtype=torch.float64, requires_grad=True)
+    memory = {}  # of one pilot: nodes that moved with the parameters would move the error
+
+    def log_prob(x, scale):
+        def score(y, t):
+            alpha, sigma = sde.alpha(t), sde.sigma(t)
+            return -y / (alpha**2 * scale**2 + sigma**2) - 0.1 * torch.sin(y)
+
+        result = log_likelihood(
+            ProbabilityFlow(sde, score, memory=memory),
+            x,
+            solver=FixedGrid(12, halve=False),
+            divergence=probes,
+            generator=seeded(),
+            differentiable=True,
+        )
+        return result.log_prob, result.latent
+
+    x = torch.randn(3, 2, generator=seeded(), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(log_prob, (x, scale))
+    with pytest.raises(ValueError, match="FixedGrid"):
+        log_likelihood(
+            probability_flow(sde, lambda y, t: -y), x, solver=Adaptive(), differentiable=True
+        )
+
+
+def test_gradient_of_the_exact_log_density_is_the_score():
+    sde, data = VPSDE(), vectors(3)
+    x = noised(data, sde, 20).double().requires_grad_()
+    result = log_likelihood(
+        exact_flow(sde, data), x, solver=FixedGrid(192, halve=False), differentiable=True
+    )
+    (gradient,) = torch.autograd.grad(result.log_prob.sum(), x)
+    t = torch.tensor(sde.t_min, dtype=torch.float64)
+    score = data.score(sde)(x.detach(), t)
+    assert float((gradient - score).norm(dim=1).max()) < 0.02 * float(score.norm(dim=1).mean())
+    assert not log_likelihood(exact_flow(sde, data), x).log_prob.requires_grad
+
+
+def test_samples_that_are_not_finite_leave_the_others_their_result():
+    sde, data = VPSDE(), vectors()
+
+    def broken(x, t):
+        score = data.score(sde)(x, t)
+        far = (x[:, :1] > 50) & (t < 0.5)
+        return torch.where(far, float("nan"), score)
+
+    x = noised(data, sde, 4)
+    x[2, 0] = 1e3
+    flow = probability_flow(sde, broken)
+    with pytest.raises(SamplingError, match=r"1 of 4 .* from node [01] on.* sample 2") as caught:
+        log_likelihood(flow, x, generator=PerSample(range(4)))
+    good = [0, 1, 3]
+    partial = caught.value.partial.log_prob
+    assert_close(
+        partial[good],
+        log_likelihood(flow, x[good], generator=PerSample(good)).log_prob,
+        rtol=1e-4,
+        atol=1e-3,
+    )
+    assert bool(partial[2].isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_for_the_network_and_not_for_the_states(dtype):
+    sde, data = VPSDE(), vectors()
+    x = noised(data, sde, 8)
+    with pytest.raises(ValueError, match="half precision converts inside"):
+        log_likelihood(probability_flow(sde, data.score(sde)), x.to(dtype))
+
+    def low(x, t):  # a network whose result is rounded to half precision
+        return (data.score(sde)(x, t) * sde.sigma(t).to(x)).to(dtype) / sde.sigma(t).to(dtype)
+
+    result = log_likelihood(probability_flow(sde, low), x, generator=seeded())
+    exact = log_likelihood(probability_flow(sde, data.score(sde)), x, generator=seeded())
+    assert result.log_prob.dtype == torch.float32
+    assert_close(result.log_prob, exact.log_prob, rtol=0.05, atol=1.0)
+
+
+def test_float32_needs_no_more_nodes_than_float64():
+    sde, data = VPSDE(), vectors()
+    x = noised(data, sde, 64)
+    errors = {
+        dtype: log_likelihood(
+            exact_flow(sde, data), x.to(dtype), divergence=Exact(), solver=FixedGrid(64)
+        ).log_prob.double()
+        - data.log_prob(x.double(), sde, sde.t_min)
+        for dtype in (torch.float32, torch.float64)
+    }
+    rms = {dtype: float(error.square().mean().sqrt()) for dtype, error in errors.items()}
+    assert rms[torch.float32] < 1.2 * rms[torch.float64] + 1e-4
+
+
+def test_attention_kernels_without_second_derivatives_are_left_aside():
+    torch.manual_seed(0)
+    project = torch.nn.Linear(4, 12)
+
+    def score(x, t):
+        q, k, v = project(x.reshape(len(x), 1, 6, 4)).chunk(3, -1)
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return -x + 0.1 * mixed.reshape(x.shape)
+
+    flow, x = probability_flow(VPSDE(), score), torch.randn(3, 24, generator=seeded())
+    exact = log_likelihood(flow, x, divergence=Exact(), solver=FixedGrid(32))
+    probed = log_likelihood(
+        flow, x, divergence=Hutchinson(64), solver=FixedGrid(32), generator=seeded()
+    )
+    assert bool(
+        ((exact.log_prob - probed.log_prob).abs() < 5 * probed.standard_error + 1e-3).all()
+    )
+    point = x.clone().requires_grad_()
+    smooth = log_likelihood(
+        flow, point, divergence=Exact(), solver=FixedGrid(8, halve=False), differentiable=True
+    )
+    assert bool(torch.isfinite(torch.autograd.grad(smooth.log_prob.sum(), point)[0]).all())
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: FixedGrid(7), ["nodes", ">= 8", "7"]),
+        (lambda: FixedGrid(order=9), ["order 6", "9"]),
+        (lambda: FixedGrid(fresh=1), ["fresh", "true or false"]),
+        (lambda: Hutchinson(2, "sobol"), ["distribution", "orthogonal", "'sobol'"]),
+        (lambda: Adaptive(log_prob_tol=0.0), ["log_prob_tol", "> 0"]),
+        (lambda: VPSDE(t_min=0.0), ["t_min"]),
+        (lambda: VESDE(t_min=0.0), ["t_min"]),
+    ],
+)
+def test_settings_out_of_range_are_refused(make, words):
+    with pytest.raises(ValueError) as caught:
+        make()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_one_sample_and_few_nodes_are_enough():
+    sde, data = VPSDE(), vectors()
+    for probes in (Hutchinson(1), Hutchinson(2), Exact()):
+        result = log_likelihood(
+            exact_flow(sde, data), noised(data, sde, 1), solver=FixedGrid(8), divergence=probes
+        )
+        assert result.log_prob.shape == (1,) and bool(result.total_error.isfinite().all())
+    assert replace(result, nfe=0).nfe == 0
+
+
+def test_student_quantiles_are_those_of_the_tables():
+    freedom = torch.tensor([1.0, 2.0, 5.0, 30.0, 1e9], dtype=torch.float64)
+    wanted = torch.tensor([12.706, 4.303, 2.571, 2.042, 1.965], dtype=torch.float64)
+    assert_close(student_quantile(0.95, freedom), wanted, rtol=3e-3, atol=0)

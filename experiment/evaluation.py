@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,16 +21,22 @@ from experiment.shards import gathered, halving, share
 from likelihood import (
     Basis,
     Cosine,
+    Dequantization,
     Divergence,
     FixedGrid,
     LogLikelihood,
     Pixel,
     Principal,
     Solver,
+    Standardization,
+    TruncatedNormalDequantization,
+    importance_weighted,
     log_likelihood,
     plan,
     suited,
 )
+from likelihood.dequantize import Drawn
+from likelihood.importance import noise_bias
 from score_models import ScoreModel
 from sde_lib import ProbabilityFlow, probability_flow, validation
 from sde_lib.samplers import SamplingError
@@ -52,6 +58,12 @@ class Likelihood:
             probes are then chosen, and those of ``solver`` and ``divergence`` are not used.
         batch_size: Samples solved together; halved where memory runs out.
         draws: Dequantizations of each sample that are averaged; continuous data need one.
+        dequantization: uniform, truncated_normal (for a model trained on bin centres, see
+            ``training.dequantize``) or variational (a small flow, fitted once to the model).
+        importance: Whether the draws are combined by their importance weights, which tightens
+            the bound, instead of averaged.
+        bounds: T; the ELBO and the bound of the model in T steps are then computed beside the
+            likelihood; null: they are not.
         max_samples: Evaluate only so many of the test set; all if null.
     """
 
@@ -61,6 +73,9 @@ class Likelihood:
     budget: float | None = None
     batch_size: int = 128
     draws: int = 1
+    dequantization: str = "uniform"
+    importance: bool = False
+    bounds: int | None = None
     max_samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +84,14 @@ class Likelihood:
                 self, name, validation.count("likelihood", name, getattr(self, name))
             )
         validation.choice("likelihood", "basis", self.basis, BASES)
+        validation.choice("likelihood", "dequantization", self.dequantization, DEQUANTIZATIONS)
+        if validation.flag("likelihood", "importance", self.importance) and self.draws < 2:
+            raise ValueError(
+                f"likelihood needs draws >= 2 to weigh them by importance; got draws={self.draws}."
+            )
+        if self.bounds is not None:
+            steps = validation.count("likelihood", "bounds", self.bounds, at_least=2)
+            object.__setattr__(self, "bounds", steps)
         if self.budget is not None:
             validation.real("likelihood", "budget", self.budget, above=0)
         if self.max_samples is not None:
@@ -82,6 +105,9 @@ class Likelihood:
             solver=(self.solver or FixedGrid()).quick(),
             budget=None,
             draws=1,
+            importance=False,
+            bounds=None,
+            dequantization=self.dequantization.replace("variational", "uniform"),
             max_samples=min(most, self.max_samples or most),
         )
 
@@ -120,15 +146,17 @@ class Evaluation:
         pilot_nfe: Forward passes of one sample that went into the pilot.
         dequantization_error: The part of ``standard_error`` that is dequantization and probes,
             from the spread of the draws; NaN for a single draw.
+        effective_draws: Mean effective number of draws where they are weighed by importance.
         solver_error: Mean over samples of the size of the integration error, NaN with an adaptive
             solver; it does not average out.
         truncation: Mean change that going on from t_min to t = 0 would make, to first order.
         prior_mismatch: Mean change that the score's own density at t_max would make in place of
             the prior.
-        errors: Per sample [N]: probe_error, dequantization_error, solver_error, truncation,
-            prior_mismatch.
-        information: Clock u [M], increasing, and the metric's information per unit of u [M]
-            averaged over samples; empty with an adaptive solver.
+        errors: Per sample [N]: probe_error, dequantization_error, effective_draws, solver_error,
+            truncation, prior_mismatch.
+        information: Clock u [M], increasing, and the information per unit of u [N, M] in the unit
+            of the metric: what each sample's telling apart from finer noise costs; empty with an
+            adaptive solver.
         how: Solver and divergence that were used.
     """
 
@@ -143,11 +171,12 @@ class Evaluation:
     passes: float = math.nan
     pilot_nfe: int = 0
     dequantization_error: float = math.nan
+    effective_draws: float = math.nan
     solver_error: float = math.nan
     truncation: float = math.nan
     prior_mismatch: float = math.nan
     errors: Mapping[str, Tensor] = field(default_factory=dict)
-    information: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+    information: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(1, 0))
     how: str = ""
 
     def __str__(self) -> str:
@@ -168,11 +197,15 @@ class Evaluation:
             for part in fields(self)
             if part.name not in ("per_sample", "errors", "information")
         }
-        row["information"] = [part.tolist() for part in self.information]
+        clock, information = self.information
+        row["information"] = [clock.tolist(), information.mean(0).tolist()]
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in row.items()
         }
+
+
+DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
 
 
 def evaluate(
@@ -182,6 +215,7 @@ def evaluate(
     *,
     seed: int,
     description: str = "likelihood",
+    dequantization: Dequantization | None = None,
 ) -> Evaluation:
     """Likelihood of the test set under ``model``.
 
@@ -194,6 +228,8 @@ def evaluate(
         settings: How.
         seed: Seed of all randomness.
         description: In front of the progress bar.
+        dequantization: Of K-level data; that of the settings if not given, but a variational one,
+            which has to be fitted first, must be.
 
     Raises:
         SamplingError: If samples are not finite; all others are done first, and its ``partial`` is
@@ -204,31 +240,38 @@ def evaluate(
     flow = probability_flow(model.sde, model.score)
     test = data.test[: settings.max_samples]
     draws = settings.draws if data.levels is not None else 1
+    units = _units(data, settings, dequantization)
+    flow = replace(flow, t_start=units.start_time(model.sde))
     solver, divergence = _chosen(flow, data, settings, device)
     failures: list[SamplingError] = []
 
-    def solve(rows: range) -> LogLikelihood:
+    def solve(rows: range) -> dict[str, Any]:
         values = test[rows.start : rows.stop].repeat_interleave(draws, 0)
         indices = range(rows.start * draws, rows.stop * draws)
         streams = sample_streams(seed, "likelihood", indices, device)
-        x = data.units.encode(values.to(device), streams)
+        drawn = units.draw(values.to(device), streams, sde=model.sde)
         try:
-            return log_likelihood(flow, x, solver=solver, divergence=divergence, generator=streams)
+            result = log_likelihood(
+                flow, drawn.x, solver=solver, divergence=divergence, generator=streams
+            )
         except SamplingError as error:
             if getattr(error, "partial", None) is None:
                 raise
             failures.append(error)
-            return error.partial
+            result = error.partial
+        return _row(result, drawn, data, draws, settings.importance)
 
     own = share(len(test))
     starts = range(own.start, own.stop, settings.batch_size)
-    results = [
+    parts = [
         part
         for start in progress(starts, description)
         for part in halving(solve, range(start, min(start + settings.batch_size, own.stop)))
     ]
-    rows = gathered([_row(result, data, draws) for result in results])
-    result = _summary(rows, data, draws, solver, divergence, time.monotonic() - began)
+    how = f"{solver}, {divergence}; {units if data.levels else 'continuous'}, {draws} draw(s)"
+    result = _summary(
+        gathered(parts), data.units.metric, how, time.monotonic() - began, settings.importance
+    )
     if failures:
         failures[0].partial = result.per_sample
         raise failures[0]
@@ -256,43 +299,65 @@ def _chosen(
 
 def _per_nat(data: Dataset) -> float:
     """What a nat of one sample is in the metric."""
-    nats = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    zero, nat = data.units.measure(nats, data.shape).tolist()
-    return abs(nat - zero)
+    return 1.0 if data.levels is None else 1 / (math.prod(data.shape) * math.log(2))
 
 
-def _row(result: LogLikelihood, data: Dataset, draws: int) -> dict[str, Any]:
-    """One batch in the unit of the metric, the draws of a sample averaged, on the CPU."""
+def _units(
+    data: Dataset, settings: Likelihood, dequantization: Dequantization | None
+) -> Dequantization | Standardization:
+    """What turns test samples into points of the model: the dequantization asked for, if any."""
+    if data.levels is None or dequantization is not None:
+        return dequantization or data.units
+    if settings.dequantization == "variational":
+        raise ValueError("a variational dequantization is fitted first and then passed on.")
+    if settings.dequantization == "truncated_normal":
+        return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
+    return data.units
+
+
+def _row(
+    result: LogLikelihood,
+    drawn: Drawn,
+    data: Dataset,
+    draws: int,
+    importance: bool,
+) -> dict[str, Any]:
+    """One batch in the unit of the metric, the draws of a sample put together, on the CPU."""
     per_nat = _per_nat(data)
 
     def by_sample(values: Tensor) -> Tensor:
         return values.cpu().double().reshape(-1, draws)
 
-    measured = by_sample(data.units.measure(result.log_prob.cpu().double(), data.shape))
-    error = by_sample(result.standard_error) * per_nat
-    spread = measured.std(1) if draws > 1 else torch.full((len(measured),), math.nan)
+    nats = by_sample(drawn.bound(result.log_prob.double()))
+    probes = by_sample(result.standard_error)
+    spread = nats.std(1) if draws > 1 else torch.full((len(nats),), math.nan).double()
+    value, spread = nats.mean(1), spread / draws**0.5
+    share = torch.full((len(nats), draws), 1 / draws, dtype=torch.float64)
+    effective = torch.full((len(nats),), float(draws), dtype=torch.float64)
+    if importance:
+        weighted = importance_weighted(nats.T)
+        # noise in the exponent lifts the mean of exponentials: what the probes add is taken off
+        value = weighted.log_prob - noise_bias(probes.T, nats.T)
+        spread, effective = weighted.standard_error, weighted.effective_sample_size
+        share = nats.softmax(1)
     return {
-        "per_sample": measured.mean(1),
-        "probe_error": error.square().mean(1).sqrt() / draws**0.5,
-        "dequantization_error": spread.double() / draws**0.5,
+        "per_sample": -value * per_nat,
+        "probe_error": (share * probes).square().sum(1).sqrt() * per_nat,
+        "dequantization_error": spread * per_nat,
+        "effective_draws": effective,
         "solver_error": by_sample(result.solver_error).mean(1) * per_nat,
         "truncation": -by_sample(result.truncation).mean(1) * per_nat,
         "prior_mismatch": -by_sample(result.prior_mismatch).mean(1) * per_nat,
         "nfe": result.nfe * draws,
         "passes": result.passes * draws,
         "pilot_nfe": result.pilot_nfe,
-        "clock": result.clock,
-        "information": result.information().cpu().double().mean(1) * per_nat,
+        "clock": result.clock.cpu(),
+        "information": result.information().T.cpu().double() * per_nat,
     }
 
 
 def _summary(
-    rows: Sequence[Mapping[str, Any]],
-    data: Dataset,
-    draws: int,
-    solver: Solver,
-    divergence: Divergence,
-    seconds: float,
+    rows: Sequence[Mapping[str, Any]], metric: str, how: str, seconds: float, importance: bool
 ) -> Evaluation:
     """All batches put together."""
     columns = {name: torch.cat([row[name] for row in rows]) for name in COLUMNS}
@@ -307,7 +372,7 @@ def _summary(
         return float(columns[name].square().sum().sqrt() / count)
 
     return Evaluation(
-        metric=data.units.metric,
+        metric=metric,
         value=float(per_sample.mean()),
         standard_error=float(per_sample.std() / count**0.5),
         probe_error=together("probe_error"),
@@ -318,19 +383,28 @@ def _summary(
         passes=float(over_samples("passes")),
         pilot_nfe=sum(row["pilot_nfe"] for row in rows),
         dequantization_error=together("dequantization_error"),
+        effective_draws=float(columns["effective_draws"].mean()) if importance else math.nan,
         solver_error=float(columns["solver_error"].mean()),
         truncation=float(columns["truncation"].mean()),
         prior_mismatch=float(columns["prior_mismatch"].mean()),
         errors=columns,
-        information=(rows[0]["clock"].cpu(), over_samples("information")),
-        how=f"{solver}, {divergence}, {draws} draw(s)",
+        information=(rows[0]["clock"], torch.cat([_by_draws(row) for row in rows])),
+        how=how,
     )
+
+
+def _by_draws(row: Mapping[str, Any]) -> Tensor:
+    """Information of each sample [n, M], its draws averaged."""
+    information = row["information"]
+    count = len(row["per_sample"])
+    return information.unflatten(0, (count, len(information) // count)).mean(1)
 
 
 COLUMNS = (
     "per_sample",
     "probe_error",
     "dequantization_error",
+    "effective_draws",
     "solver_error",
     "truncation",
     "prior_mismatch",
@@ -353,6 +427,13 @@ def is_own(row: Mapping[str, Any]) -> bool:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text()) if path.exists() else []
+
+
+def _dequantized(data: Dataset, settings: Likelihood) -> str:
+    if data.levels is None:
+        return "none (continuous data)"
+    weighed = ", weighed by importance" if settings.importance else ""
+    return f"{settings.dequantization.replace('_', ' ')}, {settings.draws} draw(s){weighed}"
 
 
 def show(result: Evaluation, data: Dataset, what: str) -> None:
@@ -380,6 +461,14 @@ def show(result: Evaluation, data: Dataset, what: str) -> None:
         )
 
 
+class HasRow(Protocol):
+    """What stands beside an evaluation in its file."""
+
+    def as_row(self) -> dict[str, Any]:
+        """Numbers, strings and lists of them."""
+        ...
+
+
 def append_evaluation(
     run_dir: Path,
     result: Evaluation,
@@ -388,22 +477,24 @@ def append_evaluation(
     data: Dataset,
     settings: Likelihood,
     checkpoint: str,
+    bounds: HasRow | None = None,
 ) -> None:
     """Add one row to ``likelihood.json``, with what it takes to repeat it.
 
-    ``checkpoint`` is the name of a file of this run, or the path of another run's.
+    ``checkpoint`` is the name of a file of this run, or the path of another run's; ``bounds`` what
+    else was estimated of the same samples.
     """
     path = run_dir / "likelihood.json"
     row = result.as_row()
+    if bounds is not None:
+        row["bounds"] = bounds.as_row()
     row |= {
         "iteration": iteration,
         "sde": repr(model.sde),
         "data": data.name,
         "entropy": data.entropy,
         "checkpoint": checkpoint,
-        "dequantization": f"uniform, {settings.draws} draw(s)"
-        if data.levels
-        else "none (continuous data)",
+        "dequantization": _dequantized(data, settings),
         "settings": str(settings),
         "note": f"probability-flow ODE; density at t_min = {model.sde.t_min:g}",
     }

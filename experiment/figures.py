@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 __all__ = [
     "plot_bits",
     "plot_density",
+    "plot_information",
     "plot_loss",
     "plot_path",
+    "plot_rate_distortion",
     "running_mean",
     "save_grid",
     "save_strip",
@@ -170,6 +172,79 @@ def plot_bits(
         _iterations(axes)
         axes.set(ylabel=f"{UNITS[metric]}, lower is better", title="Test-set likelihood")
         axes.legend()
+    return Path(path)
+
+
+def plot_information(
+    clock: Sequence[float], information: Sequence[float], path: str | Path, unit: str
+) -> Path:
+    """Write where the bits are: information by noise level, and what has been told down to it.
+
+    Args:
+        clock: u = log(sigma/alpha), increasing.
+        information: Per unit of u, averaged over samples.
+        path: Where to.
+        unit: Of the information.
+
+    Raises:
+        ValueError: If there are fewer than two nodes.
+    """
+    if len(clock) < 2 or len(clock) != len(information):
+        raise ValueError(f"plot_information needs two nodes or more; got {len(clock)}.")
+    u, rate = (torch.tensor(values, dtype=torch.float64) for values in (clock, information))
+    steps = 0.5 * (rate[1:] + rate[:-1]) * u.diff()
+    told = torch.cat([steps.flip(0).cumsum(0).flip(0), torch.zeros(1)])  # from the noise end down
+    with new_figure(path, 6.4, 3.2) as figure:
+        axes = figure.subplots()
+        ratio = u.exp().tolist()
+        axes.fill_between(ratio, rate.tolist(), color=BLUE, alpha=0.25, lw=0)
+        axes.plot(ratio, rate.tolist(), color=BLUE, lw=1.5, label="at this noise")
+        axes.set(xscale="log", xlabel="noise, sigma / alpha", ylabel=f"{unit} per e-fold")
+        axes.set_title("Where the bits are")
+        axes.invert_xaxis()
+        total = axes.twinx()
+        total.grid(False)
+        total.plot(ratio, told.tolist(), color=ORANGE, lw=1.5, ls="--", label="told by then")
+        total.set_ylabel(unit)
+        total.spines["right"].set_visible(True)
+        lines = [*axes.get_lines(), *total.get_lines()]
+        axes.legend(lines, [line.get_label() for line in lines], loc="upper left")
+    return Path(path)
+
+
+def plot_rate_distortion(
+    curve: Mapping[str, Sequence[float]], path: str | Path, unit: str
+) -> Path:
+    """Write rate against distortion of progressive coding, with standard errors.
+
+    Args:
+        curve: ``rate``, ``rate_error``, ``distortion`` and ``distortion_error``, bits per
+            dimension and root mean squared error.
+        path: Where to.
+        unit: Of the distortion.
+
+    Raises:
+        ValueError: If the curve is empty.
+    """
+    if not curve.get("rate"):
+        raise ValueError("plot_rate_distortion needs a curve; got an empty one.")
+    with new_figure(path, 6.4, 3.2) as figure:
+        axes = figure.subplots()
+        axes.errorbar(
+            curve["rate"],
+            curve["distortion"],
+            xerr=curve["rate_error"],
+            yerr=curve["distortion_error"],
+            color=BLUE,
+            lw=1.5,
+            elinewidth=0.6,
+        )
+        axes.set(
+            xlabel="rate, bits per dimension",
+            ylabel=f"root mean squared error, {unit}",
+            title="Progressive coding",
+            ylim=(0, None),
+        )
     return Path(path)
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from experiment.data import Dataset
+from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
+from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Likelihood, append_evaluation, evaluate, show
 from experiment.progress import say
 from experiment.record import Record
@@ -36,14 +38,20 @@ def likelihood(run: Run) -> None:
     own = path.absolute().parent == run.checkpoints.absolute()
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         try:
-            result = evaluate(model, data, settings, seed=run.seed)
+            made = dequantizer(settings, data, model, run.path, iteration, seed=run.seed)
+            result = evaluate(model, data, settings, seed=run.seed, dequantization=made)
+            bounds = (
+                estimate(model, data, settings, result, seed=run.seed) if settings.bounds else None
+            )
         except SamplingError as error:
             raise _kept(error, run.path, iteration) from error
         if rank() > 0:
             return  # the first process has all results and writes them
         show(result, data, f"test set under {path}")
+        if bounds is not None:
+            show_estimates(bounds)
         name = path.name if own else str(path.absolute())
-        append_evaluation(run.path, result, iteration, model, data, settings, name)
+        append_evaluation(run.path, result, iteration, model, data, settings, name, bounds)
         if own:  # the record and its views are those of this run's training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
@@ -54,6 +62,8 @@ def likelihood(run: Run) -> None:
         values,
         **{result.metric: result.per_sample.numpy(), "iteration": iteration, "seed": run.seed},
         **{name: values.numpy() for name, values in result.errors.items()},
+        clock=result.information[0].numpy(),
+        information=result.information[1].numpy(),
     )
     say(f"each sample: {values}\nreport: {write_report(run.path)}")
 

@@ -42,8 +42,8 @@ def write_report(run_dir: str | Path) -> Path:
     state; optionally entropy), ``likelihood.json`` (a list of evaluations; each may carry the
     entropy of the data), and the newest by iteration of ``samples/grid-*.png``,
     ``samples/strip-*.png``, ``figures/path-*.png`` and ``figures/density-*.png``.
-    Written: ``report.html``, ``figures/loss.png``, ``figures/bits.png``. Pictures are embedded;
-    the page loads nothing and runs no script.
+    Written: ``report.html`` and in ``figures/``: ``loss.png``, ``bits.png``, ``information.png``,
+    ``rate-distortion.png``. Pictures are embedded; the page loads nothing and runs no script.
 
     Args:
         run_dir: Directory of the run.
@@ -84,6 +84,8 @@ def write_report(run_dir: str | Path) -> Path:
             run_dir, "figures/density", "What was learnt"
         ),
         "Likelihood": bits or _plain("No evaluation yet."),
+        "Where the bits are": _information(run_dir, evaluations),
+        "Three estimates of one likelihood": _bounds(run_dir, evaluations),
         "Training loss": loss or _plain("No loss logged yet."),
         "All evaluations": _table(evaluations),
         "How to go on": _commands(str(about.get("command") or "")),
@@ -222,6 +224,48 @@ def _cell(row: Row, key: str) -> str:
     else:
         shown = "–" if value is None else str(value)
     return f"<td>{escape(shown)}</td>"
+
+
+def _information(run_dir: Path, evaluations: Sequence[Row]) -> str:
+    """The figure of the last evaluation on a fixed grid."""
+    found = [row for row in evaluations if any(row.get("information") or []) and is_own(row)]
+    if not found:
+        return ""
+    clock, information = found[-1]["information"]
+    return _figure(
+        run_dir / "figures" / "information.png",
+        "Information by noise level, averaged over the samples: the dashed line has what telling "
+        "the data from noise took down to there; below the width of a bin every e-fold costs the "
+        "same, which the dequantization gives back",
+        lambda path: figures.plot_information(
+            clock, information, path, UNITS[found[-1]["metric"]]
+        ),
+    )
+
+
+def _bounds(run_dir: Path, evaluations: Sequence[Row]) -> str:
+    """Table, order and rate-distortion curve of the last evaluation that has them."""
+    found = [row for row in evaluations if isinstance(row.get("bounds"), dict) and is_own(row)]
+    if not found:
+        return ""
+    bounds = found[-1]["bounds"]
+    unit = UNITS[bounds["metric"]]
+    lines = "\n".join(
+        f"<tr><td>{escape(name)}</td><td>{uncertain(*value)} {unit}</td></tr>"
+        for name, value in bounds["values"].items()
+    )
+    order = _plain(f"T = {bounds['steps']}; {bounds['order']}".replace("\n", "; "))
+    curve = _figure(
+        run_dir / "figures" / "rate-distortion.png",
+        "Bits sent so far against the error of what can be made of them",
+        lambda path: figures.plot_rate_distortion(
+            bounds["rate_distortion"],
+            path,
+            "grey levels" if bounds["metric"] == "bits_per_dim" else "model units",
+        ),
+    )
+    table = f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>\n'
+    return f"{table}{order}{curve}"
 
 
 def _commands(command: str) -> str:

@@ -20,6 +20,7 @@ from experiment.checkpoint import (
     stored_config,
 )
 from experiment.data import Dataset
+from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
 from experiment.evaluation import (
     Evaluation,
@@ -36,6 +37,7 @@ from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.trackers import Safe, Tracker
 from experiment.training import Batches, State, Training, fit
+from likelihood import Dequantization
 from score_models import ScoreModel
 from sde_lib import validation
 from sde_lib.samplers import Sampler, SamplingError
@@ -225,15 +227,29 @@ class _Trainer:
     def evaluate(self, state: State) -> None:
         """Likelihood of the whole test set and samples: the result of the run."""
         settings, run = self.likelihood, self.run
-        result = self.score(state, settings, "test likelihood")
+        made = dequantizer(
+            settings, self.data, state.ema, run.path, state.iteration, seed=run.seed
+        )
+        result = self.score(state, settings, "test likelihood", made)
         name = list_checkpoints(run.checkpoints)[-1].name
         append_evaluation(run.path, result, state.iteration, state.ema, self.data, settings, name)
         self.draw(state)
 
-    def score(self, state: State, settings: Likelihood, description: str) -> Evaluation:
+    def score(
+        self,
+        state: State,
+        settings: Likelihood,
+        description: str,
+        dequantization: Dequantization | None = None,
+    ) -> Evaluation:
         """Likelihood under the averaged weights, to the record and the screen."""
         result = evaluate(
-            state.ema, self.data, settings, seed=self.run.seed, description=description
+            state.ema,
+            self.data,
+            settings,
+            seed=self.run.seed,
+            description=description,
+            dequantization=dequantization,
         )
         self.log(result.as_metrics(), state.iteration)
         show(result, self.data, f"iteration {state.iteration}: test set")

@@ -19,6 +19,7 @@ from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.progress import progress
 from experiment.seeds import stream
+from likelihood import Dequantization, Standardization, TruncatedNormalDequantization
 from score_models import Objective, ScoreModel
 from sde_lib import validation
 
@@ -36,6 +37,8 @@ class Training:
         beta2: Decay of AdamW's second moment.
         weight_decay: AdamW's weight decay, >= 0.
         clip: Gradients are scaled down to this norm.
+        dequantize: Whether K-level data are spread over their bins; false trains on bin centres,
+            which ``likelihood.dequantization=truncated_normal`` wants.
         ema: Decay of the averaged weights, which are the ones evaluated; it warms up as (1 + n) /
             (10 + n).
         max_skipped: How many iterations with a loss or gradient that is not finite may be passed
@@ -53,6 +56,7 @@ class Training:
     beta2: float = 0.99
     weight_decay: float = 0.01
     clip: float = 1.0
+    dequantize: bool = True
     ema: float = 0.999
     max_skipped: int = 0
     log_every: int = 50
@@ -71,6 +75,7 @@ class Training:
         validation.real("training", "ema", self.ema, at_least=0, below=1)
         validation.real("training", "beta2", self.beta2, above=0, below=1)
         validation.flag("training", "decay", self.decay)
+        validation.flag("training", "dequantize", self.dequantize)
 
     def lr_at(self, iteration: int) -> float:
         """Learning rate of an iteration, counted from 0."""
@@ -78,6 +83,12 @@ class Training:
         return (
             rate * 0.5 * (1 + math.cos(math.pi * iteration / self.steps)) if self.decay else rate
         )
+
+    def units(self, data: Dataset) -> Dequantization | Standardization:
+        """What makes training samples of the data."""
+        if data.levels is None or self.dequantize:
+            return data.units
+        return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
 
     def ema_at(self, iteration: int) -> float:
         """Decay of the average at an iteration, counted from 0: short at first."""
@@ -211,7 +222,7 @@ def fit(
     """
     device = next(state.model.parameters()).device
     batches = Batches(len(data.train), settings.batch_size, seed)
-    units, window = data.units, _Window(device)
+    units, window = settings.units(data), _Window(device)
     state.model.train()
     bar = progress(range(state.iteration, settings.steps), "training")
     for iteration in bar:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,16 @@ from likelihood.bits import bits_per_dim
 from sde_lib import validation
 from sde_lib.noise import Generator, rand
 from sde_lib.sde import SDE
+
+
+class Drawn(Protocol):
+    """Points of the model and how their density becomes that of the data."""
+
+    x: Tensor
+
+    def bound(self, log_prob: Tensor) -> Tensor:
+        """Nats of the data, [B], from the log-density of ``x``, [B]."""
+        ...
 
 
 @dataclass(frozen=True)

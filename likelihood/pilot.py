@@ -52,7 +52,7 @@ class Pilot:
         so that no sample sees the others. Remembered by the flow.
         """
         shape = tuple(like.shape[1:])
-        key = ("pilot", shape, like.dtype, str(like.device), divergence, samples)
+        key = ("pilot", flow.t_start, shape, like.dtype, str(like.device), divergence, samples)
         if key not in flow.memory:
             flow.memory[key] = cls._of(flow, like, divergence, samples)
         return flow.memory[key]

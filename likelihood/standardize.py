@@ -8,6 +8,24 @@ import torch
 from torch import Tensor
 
 from sde_lib.noise import Generator
+from sde_lib.sde import SDE
+
+
+@dataclass(frozen=True)
+class Standardized:
+    """Data in model units, with the log of the volume of the change of units.
+
+    Attributes:
+        x: Points in model units, [B, ...].
+        log_volume: Nats by which densities in data units are smaller.
+    """
+
+    x: Tensor
+    log_volume: Tensor
+
+    def bound(self, log_prob: Tensor) -> Tensor:
+        """Log-density in data units, nats, [B]: exact, and no mere bound."""
+        return log_prob - self.log_volume.to(log_prob)
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,17 @@ class Standardization:
     def encode(self, values: Tensor, generator: Generator = None) -> Tensor:
         """Data [B, ...] in model units; nothing random happens."""
         return (values - self.shift.to(values)) / self.scale.to(values)
+
+    def start_time(self, sde: SDE) -> float | None:
+        """Where data lie on the flow: None for t_min."""
+        return None
+
+    def draw(
+        self, values: Tensor, generator: Generator = None, *, sde: SDE | None = None
+    ) -> Standardized:
+        """Data in model units; nothing random happens, and any process will do."""
+        volume = self.scale.double().log().expand(values.shape[1:]).sum()
+        return Standardized(self.encode(values, generator), volume)
 
     def decode(self, x: Tensor) -> Tensor:
         """Model units [B, ...] back in data units."""

@@ -63,12 +63,14 @@ class ProbabilityFlow:
         sde: The forward process.
         score: Score function (x, t) -> score.
         log_prior: Log-density [B] at t_max, if it is known better than the process's own prior.
+        t_start: Time at the data's end of the flow; t_min of the process if not given.
         memory: What a likelihood has found out about this flow and need not find out again.
     """
 
     sde: SDE
     score: Score
     log_prior: Callable[[Tensor], Tensor] | None = None
+    t_start: float | None = None
     memory: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -81,8 +83,10 @@ class ProbabilityFlow:
         return (self.log_prior or self.sde.prior_log_prob)(x)
 
     def clock_range(self) -> tuple[float, float]:
-        """u at t_min (data) and at t_max (noise); the first is the smaller."""
+        """u at the data's end and at t_max (noise); the first is the smaller."""
         low, high = self.sde.log_snr_range()
+        if self.t_start is not None:
+            high = float(self.sde.log_snr(torch.tensor(self.t_start, dtype=torch.float64)))
         return -0.5 * high, -0.5 * low
 
     def level_at(self, clock: Tensor) -> Level:

@@ -1,0 +1,77 @@
+"""The variational dequantization of a model: fitted once, kept beside its likelihoods."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+from experiment.checkpoint import write_atomically
+from experiment.data import Dataset
+from experiment.evaluation import Likelihood
+from experiment.progress import say
+from experiment.seeds import stream
+from likelihood import (
+    Dequantization,
+    DequantizationFlow,
+    VariationalDequantization,
+    fit_dequantization,
+    one_sample_bound,
+)
+from score_models import ScoreModel
+from sde_lib import probability_flow
+
+
+def dequantizer(
+    settings: Likelihood,
+    data: Dataset,
+    model: ScoreModel,
+    folder: Path,
+    iteration: int,
+    *,
+    seed: int,
+    steps: int = 1000,
+) -> Dequantization | None:
+    """The dequantization that has to be made before the evaluation; None where there is none.
+
+    A variational one is a small flow, fitted to the model with the training data by the bound
+    in continuous time; it is kept as ``dequantizer-<iteration>.pt`` and found again there.
+
+    Args:
+        settings: Say which is wanted.
+        data: Its training part is fitted.
+        model: In evaluation mode; stays as it is.
+        folder: Of the run.
+        iteration: Of the model.
+        seed: Of the fit.
+        steps: Of the fit.
+    """
+    if data.levels is None or settings.dequantization != "variational":
+        return None
+    device = next(model.parameters()).device
+    flow_module = DequantizationFlow(data.shape, generator=stream(seed, "dequantizer", 0))
+    found = VariationalDequantization(
+        data.levels, data.units.low, data.units.high, flow_module=flow_module.to(device)
+    )
+    path = folder / f"dequantizer-{iteration:08d}.pt"
+    if path.exists():
+        flow_module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return found
+    say(f"fitting a variational dequantization ({steps} steps): {path}")
+    gains = fit_dequantization(
+        found,
+        one_sample_bound(probability_flow(model.sde, model.score)),
+        data.train.to(device),
+        steps=steps,
+        generator=stream(seed, "dequantizer", 1),
+    )
+    tenth = max(1, steps // 10)
+    say(
+        f"    its noisy bound: {gains[:tenth].mean():.4f} nats a dimension at first, "
+        f"{gains[-tenth:].mean():.4f} at the end"
+    )
+    buffer = io.BytesIO()
+    torch.save(flow_module.state_dict(), buffer)
+    write_atomically(path, buffer.getvalue())
+    return found

@@ -12,6 +12,7 @@ from likelihood.bounds import (
     rate_distortion,
 )
 from likelihood.budget import plan, suited
+from likelihood.checks import check_likelihood
 from likelihood.dequantize import (
     Dequantization,
     TruncatedNormalDequantization,
@@ -19,6 +20,7 @@ from likelihood.dequantize import (
 )
 from likelihood.divergence import Divergence, Exact, Hutchinson
 from likelihood.importance import importance_weighted
+from likelihood.latents import RoundTrip, decode, encode, interpolate, round_trip
 from likelihood.ode import log_likelihood
 from likelihood.pilot import Pilot
 from likelihood.result import LogLikelihood
@@ -47,6 +49,7 @@ __all__ = [
     "Pilot",
     "Pixel",
     "Principal",
+    "RoundTrip",
     "Solver",
     "Standardization",
     "TruncatedNormalDequantization",
@@ -54,14 +57,19 @@ __all__ = [
     "VariationalDequantization",
     "bits_per_dim",
     "calibrate_variance",
+    "check_likelihood",
     "continuous_bound",
+    "decode",
     "discrete_bound",
+    "encode",
     "fit_dequantization",
     "importance_weighted",
+    "interpolate",
     "log_likelihood",
     "one_sample_bound",
     "ordered",
     "plan",
     "rate_distortion",
+    "round_trip",
     "suited",
 ]

@@ -32,13 +32,14 @@ class Pixel(Basis):
 
 @dataclass(frozen=True)
 class Cosine(Basis):
-    """The discrete cosine transform (DCT-II, orthonormal) over all axes of a sample.
+    """The discrete cosine transform (DCT-II, orthonormal) over the last axes of a sample.
 
     Noised images are nearly uncorrelated in it; over the channels of a colour image it separates
     grey from colour. For vectors, whose order means nothing, it has no reason to help.
 
     Args:
-        axes: Number of axes of a sample.
+        axes: Number of axes, the last ones of a sample: 2 for the height and width of an image
+            whose channels go their own ways, 3 to take them along.
     """
 
     axes: int

@@ -183,15 +183,17 @@ def orthogonal(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Pr
     """Random signs times a new row of a Hadamard matrix at every call.
 
     Every row alone is a Rademacher probe; rows of successive calls are orthogonal (exactly where D
-    is a power of two), so that what one misses the next ones see.
+    is a power of two), so that what one misses the next ones see. They are taken from all over
+    the matrix: neighbouring rows would tell no column from one far away.
     """
     signs = rademacher(shape, generator, like)
     column = torch.arange(signs[0, 0].numel(), device=like.device).reshape(shape[2:])
     size = 1 << (column.numel() - 1).bit_length()
+    stride = int(0.618 * size) | 1  # odd: every row comes once
     calls = iter(range(2**62))
 
     def draw() -> Tensor:
-        row = next(calls) % size
+        row = (next(calls) * stride) % size
         parity = column & row
         for shift in (32, 16, 8, 4, 2, 1):
             parity = parity ^ (parity >> shift)
@@ -243,7 +245,10 @@ class Hutchinson(Divergence):
     def bases(self, shape: tuple[int, ...]) -> list[Basis]:
         if self.basis is not None:
             return [self.basis]
-        return [Pixel()] if len(shape) < 2 else [Pixel(), Cosine(len(shape))]
+        if len(shape) < 2:
+            return [Pixel()]
+        colour = len(shape) > 2 and shape[0] > 1  # channels may or may not go together
+        return [Pixel(), Cosine(len(shape)), *([Cosine(len(shape) - 1)] if colour else [])]
 
     def probes(self, x: Tensor, generator: Generator = None) -> Probes:
         # sample first, so that per-sample streams give sample i its own probes

@@ -656,3 +656,27 @@ def test_two_dimensional_data_train_and_score_in_nats_from_the_command_line(tmp_
     assert result.returncode == 0, result.stderr
     assert "nats" in result.stdout and "entropy of the source 2.8319" in result.stdout
     assert list((tmp_path / "runs/eight_gaussians-vp-mlp/figures").glob("density-*.png"))
+
+
+def test_two_processes_give_the_numbers_of_one(trained):
+    folder, _ = trained
+    command = [str(ROOT / "run.py"), *TINY, "mode=likelihood", "likelihood.max_samples=5"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    values = []
+    for start in ([], two):
+        result = subprocess.run(
+            [sys.executable, *start, *command],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("test set under") == 1, "one process speaks for all"
+        array = the_run(folder) / "likelihood-00000006-first-5.npz"
+        with np.load(array) as content:
+            values.append(content["bits_per_dim"])
+        array.unlink()
+    assert len(values[0]) == 5
+    np.testing.assert_allclose(values[1], values[0], rtol=0, atol=1e-4)

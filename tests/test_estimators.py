@@ -1,0 +1,108 @@
+"""What stands beside the likelihood of a test set: other dequantizations, and other estimators."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_evaluation import SLANTED, gaussian_model, levels_data, slanted_model, vectors
+
+from experiment.dequantizer import dequantizer
+from experiment.estimators import estimate, show_estimates
+from experiment.evaluation import Likelihood, append_evaluation, evaluate
+from experiment.report import write_report
+from likelihood import Exact, FixedGrid
+from sde_lib.oracles import Gaussian
+
+SETTINGS = Likelihood(solver=FixedGrid(32, halve=False), divergence=Exact(), batch_size=500)
+DATA = levels_data(60)
+
+
+def true_bits(data):
+    """-log2 of the mass of each bin under N(0, SLANTED), a dimension, by importance sampling."""
+    density = Gaussian(torch.zeros(3), covariance=SLANTED)
+    u = torch.rand(4000, 1, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    points = (-1 + 0.5 * (data.test + u)).reshape(-1, 3)
+    mass = density.log_prob(points).reshape(4000, -1).logsumexp(0) - math.log(4000)
+    return -(mass + 3 * math.log(0.5)) / (3 * math.log(2))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "truncated_normal", "variational"])
+def test_every_dequantization_bounds_the_code_length_and_weights_tighten_it(kind, tmp_path):
+    model, truth = slanted_model(), float(true_bits(DATA).mean())
+    settings = replace(SETTINGS, dequantization=kind, draws=16)
+    made = dequantizer(settings, DATA, model, tmp_path, 7, seed=0, steps=60)
+    plain = evaluate(model, DATA, settings, seed=0, dequantization=made)
+    weighed = evaluate(
+        model, DATA, replace(settings, importance=True), seed=0, dequantization=made
+    )
+    slack = 5 * plain.dequantization_error + 2e-3
+    assert plain.value > truth - slack
+    # the bins are wider than the data: every bound of one draw is loose here
+    assert plain.value < truth + {"truncated_normal": 1.2}.get(kind, 0.6)
+    assert truth - slack < weighed.value < plain.value
+    assert weighed.value - truth < 0.5 * (plain.value - truth) + slack
+    assert 1 < weighed.effective_draws <= 16 and math.isnan(plain.effective_draws)
+    assert plain.dequantization_error > 0
+
+
+def test_a_variational_dequantization_is_fitted_once_and_found_again(tmp_path, capsys):
+    model, settings = slanted_model(), replace(SETTINGS, dequantization="variational")
+    first = dequantizer(settings, DATA, model, tmp_path, 7, seed=0, steps=5)
+    again = dequantizer(settings, DATA, model, tmp_path, 7, seed=0, steps=5)
+    assert capsys.readouterr().out.count("fitting") == 1
+    for name, value in first.flow_module.state_dict().items():
+        assert torch.equal(value, again.flow_module.state_dict()[name])
+    assert dequantizer(SETTINGS, DATA, model, tmp_path, 7, seed=0) is None
+    assert dequantizer(settings, vectors(), gaussian_model(vectors()), tmp_path, 7, seed=0) is None
+    with pytest.raises(ValueError, match="fitted first"):
+        evaluate(model, DATA, settings, seed=0)
+
+
+def test_three_estimators_agree_on_a_gaussian_and_come_in_order(tmp_path, capsys):
+    data = vectors(200)
+    model, settings = gaussian_model(data), replace(SETTINGS, bounds=60)
+    ode = evaluate(model, data, settings, seed=0)
+    found = estimate(model, data, settings, ode, seed=0)
+    values = {name: value for name, (value, _) in found.values.items()}
+    assert values["probability-flow ODE"] == pytest.approx(ode.value)
+    # the exact score: the ELBO is tight up to its own noise, the bound in T steps is not
+    assert values["ELBO"] == pytest.approx(ode.value, abs=0.15)
+    assert values["VLB, posterior variance"] > values["VLB, analytic variance"] > ode.value - 0.1
+    assert found.order.count("in order") == 2
+    assert found.curve.rate[0] < found.curve.rate[-1]
+    assert found.curve.distortion[0] > 5 * found.curve.distortion[-1]
+    show_estimates(found)
+    assert "T = 60" in capsys.readouterr().out
+    append_evaluation(tmp_path, ode, 7, model, data, settings, "step-00000007.pt", found)
+    (row,) = json.loads((tmp_path / "likelihood.json").read_text())
+    assert row["bounds"]["values"]["ELBO"][0] == pytest.approx(values["ELBO"])
+    page = write_report(tmp_path).read_text()
+    assert "Three estimates" in page and "Where the bits are" in page
+    for picture in ("information", "rate-distortion"):
+        assert (tmp_path / "figures" / f"{picture}.png").stat().st_size > 5000
+
+
+def test_the_bound_in_steps_of_levels_is_above_the_code_length():
+    model, settings = slanted_model(), replace(SETTINGS, bounds=60)
+    ode = evaluate(model, DATA, settings, seed=0)
+    found = estimate(model, DATA, settings, ode, seed=0)
+    truth = float(true_bits(DATA).mean())
+    for name, (value, error) in found.values.items():
+        assert value > truth - 5 * error, name
+
+
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        ({"dequantization": "flow"}, ["dequantization", "truncated_normal", "'flow'"]),
+        ({"importance": True}, ["draws >= 2", "draws=1"]),
+        ({"bounds": 1}, ["bounds", ">= 2"]),
+    ],
+)
+def test_settings_out_of_range_are_refused(choice, words):
+    with pytest.raises(ValueError) as caught:
+        Likelihood(**choice)
+    for word in words:
+        assert word in str(caught.value)

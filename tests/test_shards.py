@@ -1,0 +1,63 @@
+"""Work on a test set: halved where memory runs out, shared by processes, the same numbers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from test_evaluation import SLANTED, GaussianNoise, levels_data, model_of, slanted_model
+from torch.testing import assert_close
+
+from experiment import shards
+from experiment.evaluation import Likelihood, evaluate
+from likelihood import FixedGrid, Hutchinson
+
+SETTINGS = Likelihood(solver=FixedGrid(16), divergence=Hutchinson(2), draws=2, batch_size=10)
+
+
+class Small(GaussianNoise):
+    """A network for which more than ``most`` rows at once are too many."""
+
+    most = 6
+
+    def forward(self, x, noise_level, cond=None):
+        if len(x) > self.most and len(x) != 16:  # 16: the pilot
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return super().forward(x, noise_level, cond)
+
+
+def small_model():
+    return model_of(Small(torch.zeros(3), SLANTED))
+
+
+def test_batches_that_do_not_fit_are_halved_and_every_sample_stays_the_same(capsys):
+    data = levels_data(11)
+    whole = evaluate(slanted_model(), data, SETTINGS, seed=1)
+    halved = evaluate(small_model(), data, SETTINGS, seed=1)
+    assert_close(halved.per_sample, whole.per_sample, rtol=0, atol=1e-5)
+    assert halved.nfe == whole.nfe and halved.passes == whole.passes
+    assert "out of memory with 10 samples at once" in capsys.readouterr().out
+
+
+def test_a_single_sample_that_does_not_fit_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(Small, "most", 0)
+    with pytest.raises(MemoryError, match="not even one sample"):
+        evaluate(small_model(), levels_data(4), replace(SETTINGS, draws=1), seed=1)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def broken(rows):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        shards.halving(broken, range(4))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("count", [2, 10, 11])
+def test_shares_are_a_partition(world, count, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    rows = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        rows += shards.share(count)
+    assert rows == list(range(count))

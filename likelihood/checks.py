@@ -229,17 +229,21 @@ def _check_divergence(subject: _Subject) -> None:
             "a divergence should give k estimates for each of B samples, [k, B]; got shape "
             f"{tuple(traces.shape)} for B = {n}."
         )
-    trace = float(matrix.trace())
+    _check_traces(subject, traces.double(), float(matrix.trace()))
+
+
+def _check_traces(subject: _Subject, traces: Tensor, trace: float) -> None:
+    """Estimates [k, B] of one and the same ``trace``."""
     what = "the divergence of a linear field A x, tr A"
     if not subject.random:
         subject.require_close(what, traces[0], torch.full_like(traces[0], trace), 1e-9)
         return
-    mean = traces.double().mean(0)
+    mean = traces.mean(0)
     subject.require_mean(what, mean, trace, 1e-9)
-    variance = divergence.kept_variance(traces).variance
-    if not bool(variance.isnan().all()) or len(traces) > 1:
+    variance = subject.divergence.kept_variance(traces).variance
+    if len(traces) > 1 or not bool(variance.isnan().all()):  # one alone cannot say
         what = "kept_variance of the divergence of a linear field A x"
-        subject.require_honest(what, mean - trace, variance.double(), 1e-9)
+        subject.require_honest(what, mean - trace, variance, 1e-9)
 
 
 def _check_results(subject: _Subject, dtype: torch.dtype) -> None:

@@ -87,7 +87,6 @@ def check_likelihood(
         _check_results(subject, dtype)
     _check_cost(subject)
     _check_seeds(subject)
-    _check_batch_mates(subject)
     _check_not_a_number(subject)
     _check_latents(subject)
     for name, data in _targets().items():
@@ -290,9 +289,20 @@ def _check_gradients(
 
 
 def _check_seeds(subject: _Subject) -> None:
-    data = _gaussian()
+    """The same seeds again, other seeds, and one sample alone."""
+    data, row, seeds = _gaussian(), slice(4, 5), range(100, 100 + FEW)
     flow, x = subject.flow(data), subject.draw(data, FEW)
-    first, again = (subject.run(flow, x, subject.generator(3)) for _ in range(2))
+    first, again = (subject.run(flow, x, PerSample(seeds)) for _ in range(2))
+    _check_same_bits(subject, first, again)
+    if subject.random and torch.equal(subject.run(flow, x).log_prob, first.log_prob):
+        subject.refuse(
+            "another generator seed should give other probes; log_prob is the same to the bit. "
+            "Draw all probes from the generator."
+        )
+    _check_batch_mates(subject, first, subject.run(flow, x[row], PerSample(seeds[row])), row)
+
+
+def _check_same_bits(subject: _Subject, first: LogLikelihood, again: LogLikelihood) -> None:
     for name in ("log_prob", "standard_error", "latent"):
         one, two = getattr(first, name), getattr(again, name)
         if not torch.equal(one.nan_to_num(), two.nan_to_num()):
@@ -300,29 +310,18 @@ def _check_seeds(subject: _Subject) -> None:
                 f"the same generator seed should give the same bits; two runs differ in {name} by "
                 f"{float((one - two).abs().max()):.3g}. Draw all probes from the generator."
             )
-    if not subject.random:
-        return
-    other = subject.run(flow, x, subject.generator(4))
-    if torch.equal(first.log_prob, other.log_prob):
-        subject.refuse(
-            "another generator seed should give other probes; log_prob is the same to the bit. "
-            "Draw all probes from the generator."
-        )
 
 
-def _check_batch_mates(subject: _Subject) -> None:
-    """One sample alone, against itself among others, by the same seed."""
-    data, row = _gaussian(), 4
-    flow, x, seeds = subject.flow(data), subject.draw(data, FEW), range(100, 100 + FEW)
-    together = subject.run(flow, x, PerSample(seeds))
-    alone = subject.run(flow, x[row : row + 1], PerSample([seeds[row]]))
+def _check_batch_mates(
+    subject: _Subject, together: LogLikelihood, alone: LogLikelihood, row: slice
+) -> None:
     std = subject.sde.prior_std()
     for name, unit in (("log_prob", 1.0), ("standard_error", 1.0), ("latent", std)):
         subject.require_close(
             f"sample i should depend on seed i alone; {name} in a batch of one, beside that in a "
             f"batch of {FEW}",
             getattr(alone, name).nan_to_num(),
-            getattr(together, name)[row : row + 1].nan_to_num(),
+            getattr(together, name)[row].nan_to_num(),
             subject.tolerance * unit,
         )
 

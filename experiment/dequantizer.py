@@ -9,9 +9,9 @@ import torch
 
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
-from experiment.evaluation import Likelihood
 from experiment.progress import say
 from experiment.seeds import stream
+from experiment.settings import Likelihood
 from likelihood import (
     Dequantization,
     DequantizationFlow,
@@ -28,7 +28,7 @@ def dequantizer(
     data: Dataset,
     model: ScoreModel,
     folder: Path,
-    iteration: int,
+    label: str,
     *,
     seed: int,
     steps: int = 1000,
@@ -36,14 +36,14 @@ def dequantizer(
     """The dequantization that has to be made before the evaluation; None where there is none.
 
     A variational one is a small flow, fitted to the model with the training data by the bound
-    in continuous time; it is kept as ``dequantizer-<iteration>.pt`` and found again there.
+    in continuous time; it is kept as ``dequantizer-<label>.pt`` and found again there.
 
     Args:
         settings: Say which is wanted.
         data: Its training part is fitted.
         model: In evaluation mode; stays as it is.
         folder: Of the run.
-        iteration: Of the model.
+        label: Tells the model from others that have one there.
         seed: Of the fit.
         steps: Of the fit.
     """
@@ -54,7 +54,7 @@ def dequantizer(
     found = VariationalDequantization(
         data.levels, data.units.low, data.units.high, flow_module=flow_module.to(device)
     )
-    path = folder / f"dequantizer-{iteration:08d}.pt"
+    path = folder / f"dequantizer-{label}.pt"
     if path.exists():
         flow_module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return found

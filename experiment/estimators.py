@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiment.data import Dataset
-from experiment.evaluation import UNITS, Evaluation, Likelihood
+from experiment.evaluation import UNITS, Evaluation
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams, stream
+from experiment.settings import Likelihood, per_nat
 from experiment.shards import gathered, halving, share
 from likelihood import (
     BinDecoder,
     DensityDecoder,
     calibrate_variance,
     continuous_bound,
-    discrete_bound,
+    discrete_bounds,
     ordered,
     rate_distortion,
 )
-from likelihood.bounds import DiscreteBound, RateDistortion
+from likelihood.bounds import DiscreteBound
+from likelihood.comparison import RateDistortion
 from score_models import ScoreModel
 from sde_lib import ProbabilityFlow, probability_flow
 
@@ -87,12 +88,7 @@ def estimate(
     times = _levels(flow, data, steps)
     analytic = calibrate_variance(flow, train, times=times, generator=stream(seed, "calibrate", 1))
     decoder = DensityDecoder() if data.levels is None else BinDecoder(data.units)
-    discrete = partial(discrete_bound, flow, times=times, decoder=decoder)
-    kinds: dict[str, Callable[..., DiscreteBound]] = {
-        "posterior": partial(discrete, variance="posterior"),
-        "forward": partial(discrete, variance="forward"),
-        "analytic": partial(discrete, variance=analytic),
-    }
+    variances = {"posterior": "posterior", "forward": "forward", "analytic": analytic}
 
     def solve(rows: range) -> dict[str, Tensor]:
         def streams(purpose: str) -> Any:  # noqa: ANN401
@@ -103,12 +99,18 @@ def estimate(
         )
         elbo = continuous_bound(flow, drawn.x, generator=streams("elbo"))
         found = {"ELBO": drawn.bound(elbo.log_prob)}
-        for name, bound in kinds.items():
-            result = bound(drawn.x, generator=streams("vlb"))
+        bounds = discrete_bounds(
+            flow, drawn.x, variances, times=times, decoder=decoder, generator=streams("vlb")
+        )
+        for name, result in bounds.items():
             nats = result.log_prob if data.levels else drawn.bound(result.log_prob)
             found[f"VLB, {name} variance"] = nats
-            found["terms"], found["distortion"] = result.terms.T, result.distortion.T
-            found["times"] = result.times[None]
+        best = bounds["analytic"]
+        found |= {
+            "terms": best.terms.T,
+            "distortion": best.distortion.T,
+            "times": best.times[None],
+        }
         return {name: value.cpu().double() for name, value in found.items()}
 
     own = share(ode.num_samples)
@@ -136,14 +138,14 @@ def _levels(flow: ProbabilityFlow, data: Dataset, steps: int) -> Tensor:
 def _estimates(found: dict[str, Tensor], data: Dataset, ode: Evaluation, steps: int) -> Estimates:
     """Means, their order and the rate-distortion curve from the nats of each sample."""
     dims = math.prod(data.shape)
-    per_nat = 1.0 if data.levels is None else 1 / (dims * math.log(2))
+    in_metric = per_nat(data)
     terms, distortion = found.pop("terms"), found.pop("distortion")
     times = found.pop("times")[0]
-    nats = {"probability-flow ODE": -ode.per_sample / per_nat, **found}
+    nats = {"probability-flow ODE": -ode.per_sample / in_metric, **found}
     values = {
         name: (
-            float(-value.mean() * per_nat),
-            float(value.std() / len(value) ** 0.5 * per_nat),
+            float(-value.mean() * in_metric),
+            float(value.std() / len(value) ** 0.5 * in_metric),
         )
         for name, value in nats.items()
     }

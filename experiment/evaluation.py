@@ -2,129 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams
+from experiment.settings import Likelihood, chosen, per_nat, units_of
 from experiment.shards import gathered, halving, share
-from likelihood import (
-    Basis,
-    Cosine,
-    Dequantization,
-    Divergence,
-    FixedGrid,
-    LogLikelihood,
-    Pixel,
-    Principal,
-    Solver,
-    Standardization,
-    TruncatedNormalDequantization,
-    importance_weighted,
-    log_likelihood,
-    plan,
-    suited,
-)
+from likelihood import Dequantization, LogLikelihood, importance_weighted, log_likelihood
 from likelihood.dequantize import Drawn
 from likelihood.importance import noise_bias
 from score_models import ScoreModel
-from sde_lib import ProbabilityFlow, probability_flow, validation
+from sde_lib import PerSample, probability_flow
 from sde_lib.samplers import SamplingError
 
 UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
-
-
-@dataclass(frozen=True)
-class Likelihood:
-    """How to evaluate a likelihood.
-
-    Args:
-        solver: :class:`likelihood.FixedGrid` or :class:`likelihood.Adaptive`; 64 fixed nodes if
-            not given.
-        divergence: Exact or Hutchinson; chosen by the number of dimensions if not given.
-        basis: Where probes are drawn: auto (pixels or cosines, by a pilot), pixel, cosine, or
-            principal (axes of the training data).
-        budget: Wanted standard error of one sample by its probes, in the metric's unit; nodes and
-            probes are then chosen, and those of ``solver`` and ``divergence`` are not used.
-        batch_size: Samples solved together; halved where memory runs out.
-        draws: Dequantizations of each sample that are averaged; continuous data need one.
-        dequantization: uniform, truncated_normal (for a model trained on bin centres, see
-            ``training.dequantize``) or variational (a small flow, fitted once to the model).
-        importance: Whether the draws are combined by their importance weights, which tightens
-            the bound, instead of averaged.
-        bounds: T; the ELBO and the bound of the model in T steps are then computed beside the
-            likelihood; null: they are not.
-        max_samples: Evaluate only so many of the test set; all if null.
-    """
-
-    solver: Solver | None = None
-    divergence: Divergence | None = None
-    basis: str = "auto"
-    budget: float | None = None
-    batch_size: int = 128
-    draws: int = 1
-    dequantization: str = "uniform"
-    importance: bool = False
-    bounds: int | None = None
-    max_samples: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "draws"):
-            object.__setattr__(
-                self, name, validation.count("likelihood", name, getattr(self, name))
-            )
-        validation.choice("likelihood", "basis", self.basis, BASES)
-        validation.choice("likelihood", "dequantization", self.dequantization, DEQUANTIZATIONS)
-        if validation.flag("likelihood", "importance", self.importance) and self.draws < 2:
-            raise ValueError(
-                f"likelihood needs draws >= 2 to weigh them by importance; got draws={self.draws}."
-            )
-        if self.bounds is not None:
-            steps = validation.count("likelihood", "bounds", self.bounds, at_least=2)
-            object.__setattr__(self, "bounds", steps)
-        if self.budget is not None:
-            validation.real("likelihood", "budget", self.budget, above=0)
-        if self.max_samples is not None:
-            count = validation.count("likelihood", "max_samples", self.max_samples, at_least=2)
-            object.__setattr__(self, "max_samples", count)
-
-    def quick(self, most: int) -> Likelihood:
-        """The same on at most ``most`` samples and no finer than a curve needs."""
-        return replace(
-            self,
-            solver=(self.solver or FixedGrid()).quick(),
-            budget=None,
-            draws=1,
-            importance=False,
-            bounds=None,
-            dequantization=self.dequantization.replace("variational", "uniform"),
-            max_samples=min(most, self.max_samples or most),
-        )
-
-    def __str__(self) -> str:
-        divergence = self.divergence or "exact up to 16 dimensions, else Hutchinson"
-        wanted = (
-            "" if self.budget is None else f", planned for a standard error of {self.budget:g}"
-        )
-        return f"{self.solver or FixedGrid()}, {divergence}, basis {self.basis}{wanted}"
-
-
-BASES: dict[str, Callable[[tuple[int, ...], Callable[[], Tensor]], Basis | None]] = {
-    "auto": lambda shape, train: None,
-    "pixel": lambda shape, train: Pixel(),
-    "cosine": lambda shape, train: Cosine(len(shape)),
-    "principal": lambda shape, train: Principal.of(train()),
-}
 
 
 @dataclass(frozen=True)
@@ -205,9 +104,6 @@ class Evaluation:
         }
 
 
-DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
-
-
 def evaluate(
     model: ScoreModel,
     data: Dataset,
@@ -240,10 +136,12 @@ def evaluate(
     flow = probability_flow(model.sde, model.score)
     test = data.test[: settings.max_samples]
     draws = settings.draws if data.levels is not None else 1
-    units = _units(data, settings, dequantization)
+    units = units_of(data, settings, dequantization)
     flow = replace(flow, t_start=units.start_time(model.sde))
-    solver, divergence = _chosen(flow, data, settings, device)
-    failures: list[SamplingError] = []
+    solver, divergence = chosen(flow, data, settings, device)
+
+    def solve_batch(x: Tensor, streams: PerSample) -> LogLikelihood:
+        return log_likelihood(flow, x, solver=solver, divergence=divergence, generator=streams)
 
     def solve(rows: range) -> dict[str, Any]:
         values = test[rows.start : rows.stop].repeat_interleave(draws, 0)
@@ -251,15 +149,13 @@ def evaluate(
         streams = sample_streams(seed, "likelihood", indices, device)
         drawn = units.draw(values.to(device), streams, sde=model.sde)
         try:
-            result = log_likelihood(
-                flow, drawn.x, solver=solver, divergence=divergence, generator=streams
-            )
+            result, failure = solve_batch(drawn.x, streams), None
         except SamplingError as error:
-            if getattr(error, "partial", None) is None:
-                raise
-            failures.append(error)
-            result = error.partial
-        return _row(result, drawn, data, draws, settings.importance)
+            result, failure = error.partial, str(error)
+        if result is None:
+            return _lost(len(rows), failure)
+        row = _row(result, drawn, data, draws, settings.importance)
+        return row | {"failure": failure}
 
     own = share(len(test))
     starts = range(own.start, own.stop, settings.batch_size)
@@ -268,51 +164,17 @@ def evaluate(
         for start in progress(starts, description)
         for part in halving(solve, range(start, min(start + settings.batch_size, own.stop)))
     ]
+    rows = gathered(parts)
     how = f"{solver}, {divergence}; {units if data.levels else 'continuous'}, {draws} draw(s)"
-    result = _summary(
-        gathered(parts), data.units.metric, how, time.monotonic() - began, settings.importance
-    )
-    if failures:
-        failures[0].partial = result.per_sample
-        raise failures[0]
+    how += ", weighed by importance" if settings.importance else ""
+    seconds = time.monotonic() - began
+    result = _summary(rows, data.units.metric, how, seconds, settings.importance)
+    failed = [row["failure"] for row in rows if row["failure"] is not None]
+    if failed:
+        error = SamplingError(failed[0])
+        error.partial = result.per_sample
+        raise error
     return result
-
-
-def _chosen(
-    flow: ProbabilityFlow, data: Dataset, settings: Likelihood, device: torch.device
-) -> tuple[Solver, Divergence]:
-    """Solver and divergence, those of the budget if there is one."""
-    like = torch.empty(1, *data.shape, device=device)
-    solver = settings.solver or FixedGrid()
-    divergence = settings.divergence or suited(data.shape)
-
-    def train() -> Tensor:
-        return data.units.encode(data.train[:20_000], torch.Generator().manual_seed(0))
-
-    basis = BASES[settings.basis](data.shape, train)
-    if basis is not None:
-        divergence = divergence.in_basis(basis)
-    if settings.budget is None:
-        return solver, divergence
-    return plan(flow, like, settings.budget / _per_nat(data), divergence=divergence)
-
-
-def _per_nat(data: Dataset) -> float:
-    """What a nat of one sample is in the metric."""
-    return 1.0 if data.levels is None else 1 / (math.prod(data.shape) * math.log(2))
-
-
-def _units(
-    data: Dataset, settings: Likelihood, dequantization: Dequantization | None
-) -> Dequantization | Standardization:
-    """What turns test samples into points of the model: the dequantization asked for, if any."""
-    if data.levels is None or dequantization is not None:
-        return dequantization or data.units
-    if settings.dequantization == "variational":
-        raise ValueError("a variational dequantization is fitted first and then passed on.")
-    if settings.dequantization == "truncated_normal":
-        return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
-    return data.units
 
 
 def _row(
@@ -323,7 +185,7 @@ def _row(
     importance: bool,
 ) -> dict[str, Any]:
     """One batch in the unit of the metric, the draws of a sample put together, on the CPU."""
-    per_nat = _per_nat(data)
+    unit = per_nat(data)
 
     def by_sample(values: Tensor) -> Tensor:
         return values.cpu().double().reshape(-1, draws)
@@ -341,19 +203,27 @@ def _row(
         spread, effective = weighted.standard_error, weighted.effective_sample_size
         share = nats.softmax(1)
     return {
-        "per_sample": -value * per_nat,
-        "probe_error": (share * probes).square().sum(1).sqrt() * per_nat,
-        "dequantization_error": spread * per_nat,
+        "per_sample": -value * unit,
+        "probe_error": (share * probes).square().sum(1).sqrt() * unit,
+        "dequantization_error": spread * unit,
         "effective_draws": effective,
-        "solver_error": by_sample(result.solver_error).mean(1) * per_nat,
-        "truncation": -by_sample(result.truncation).mean(1) * per_nat,
-        "prior_mismatch": -by_sample(result.prior_mismatch).mean(1) * per_nat,
+        "solver_error": by_sample(result.solver_error).mean(1) * unit,
+        "truncation": -by_sample(result.truncation).mean(1) * unit,
+        "prior_mismatch": -by_sample(result.prior_mismatch).mean(1) * unit,
         "nfe": result.nfe * draws,
         "passes": result.passes * draws,
         "pilot_nfe": result.pilot_nfe,
         "clock": result.clock.cpu(),
-        "information": result.information().T.cpu().double() * per_nat,
+        "information": result.information().T.cpu().double() * unit,
     }
+
+
+def _lost(count: int, failure: str) -> dict[str, Any]:
+    """A batch of ``count`` samples of which a solver said nothing before it gave up."""
+    unknown = torch.full((count,), math.nan, dtype=torch.float64)
+    nothing = {"nfe": 0, "passes": 0, "pilot_nfe": 0, "clock": torch.empty(0)}
+    empty = {"information": torch.empty(count, 0), "failure": failure}
+    return {name: unknown for name in COLUMNS} | nothing | empty
 
 
 def _summary(
@@ -411,31 +281,6 @@ COLUMNS = (
 )
 
 
-def evaluated(run_dir: Path, iteration: int, samples: int) -> bool:
-    """Whether ``likelihood.json`` has this run at this iteration, on as many ``samples``."""
-    return any(
-        row.get("iteration") == iteration and is_own(row) and row.get("num_samples", 0) >= samples
-        for row in _rows(run_dir / "likelihood.json")
-    )
-
-
-def is_own(row: Mapping[str, Any]) -> bool:
-    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in."""
-    name = str(row.get("checkpoint", ""))
-    return Path(name).name == name
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def _dequantized(data: Dataset, settings: Likelihood) -> str:
-    if data.levels is None:
-        return "none (continuous data)"
-    weighed = ", weighed by importance" if settings.importance else ""
-    return f"{settings.dequantization.replace('_', ' ')}, {settings.draws} draw(s){weighed}"
-
-
 def show(result: Evaluation, data: Dataset, what: str) -> None:
     """Print one evaluation with its error bar and what it cost."""
     say(
@@ -459,43 +304,3 @@ def show(result: Evaluation, data: Dataset, what: str) -> None:
             f"    entropy of the source {data.entropy:.4f} nats: "
             f"{result.value - data.entropy:+.4f} ± {result.standard_error:.4f} above it"
         )
-
-
-class HasRow(Protocol):
-    """What stands beside an evaluation in its file."""
-
-    def as_row(self) -> dict[str, Any]:
-        """Numbers, strings and lists of them."""
-        ...
-
-
-def append_evaluation(
-    run_dir: Path,
-    result: Evaluation,
-    iteration: int,
-    model: ScoreModel,
-    data: Dataset,
-    settings: Likelihood,
-    checkpoint: str,
-    bounds: HasRow | None = None,
-) -> None:
-    """Add one row to ``likelihood.json``, with what it takes to repeat it.
-
-    ``checkpoint`` is the name of a file of this run, or the path of another run's; ``bounds`` what
-    else was estimated of the same samples.
-    """
-    path = run_dir / "likelihood.json"
-    row = result.as_row()
-    if bounds is not None:
-        row["bounds"] = bounds.as_row()
-    row |= {
-        "iteration": iteration,
-        "sde": repr(model.sde),
-        "data": data.name,
-        "entropy": data.entropy,
-        "checkpoint": checkpoint,
-        "dequantization": _dequantized(data, settings),
-        "settings": str(settings),
-        "note": f"probability-flow ODE; density at t_min = {model.sde.t_min:g}",
-    }
-    write_atomically(path, json.dumps([*_rows(path), row], indent=1).encode())

@@ -11,13 +11,15 @@ from experiment.data import Dataset
 from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
-from experiment.evaluation import Likelihood, append_evaluation, evaluate, show
+from experiment.evaluation import evaluate, show
+from experiment.ledger import append_evaluation, keep_samples
 from experiment.progress import say
 from experiment.record import Record
 from experiment.report import write_report
 from experiment.run import Run
+from experiment.settings import Likelihood
 from experiment.shards import rank
-from experiment.trackers import Safe
+from experiment.trackers import NoTracker, Safe
 from sde_lib.samplers import SamplingError
 
 
@@ -32,19 +34,20 @@ def likelihood(run: Run) -> None:
     """
     settings: Likelihood = run.build("likelihood")
     data: Dataset = run.build("data")
-    tracker = Safe(run.build("tracking"))
+    tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
+    label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         try:
-            made = dequantizer(settings, data, model, run.path, iteration, seed=run.seed)
+            made = dequantizer(settings, data, model, run.path, label, seed=run.seed)
             result = evaluate(model, data, settings, seed=run.seed, dequantization=made)
             bounds = (
                 estimate(model, data, settings, result, seed=run.seed) if settings.bounds else None
             )
         except SamplingError as error:
-            raise _kept(error, run.path, iteration) from error
+            raise _kept(error, run.path, label) from error
         if rank() > 0:
             return  # the first process has all results and writes them
         show(result, data, f"test set under {path}")
@@ -56,24 +59,16 @@ def likelihood(run: Run) -> None:
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
     part = "" if result.num_samples == len(data.test) else f"-first-{result.num_samples}"
-    source = "" if own else f"-of-{path.absolute().parents[1].name}"
-    values = run.path / f"likelihood-{iteration:08d}{part}{source}.npz"
-    np.savez(
-        values,
-        **{result.metric: result.per_sample.numpy(), "iteration": iteration, "seed": run.seed},
-        **{name: values.numpy() for name, values in result.errors.items()},
-        clock=result.information[0].numpy(),
-        information=result.information[1].numpy(),
-    )
+    values = keep_samples(run.path, result, label + part, run.seed)
     say(f"each sample: {values}\nreport: {write_report(run.path)}")
 
 
-def _kept(error: SamplingError, folder: Path, iteration: int) -> RunError:
+def _kept(error: SamplingError, folder: Path, label: str) -> RunError:
     """The error, once what was found of the other samples is on disk."""
     partial = getattr(error, "partial", None)
     if partial is None:
         return RunError(str(error))
-    path = folder / f"likelihood-{iteration:08d}-partial.npz"
-    np.savez(path, per_sample=partial.numpy(), iteration=iteration)
+    path = folder / f"likelihood-{label}-partial.npz"
+    np.savez(path, per_sample=partial.numpy())
     bad = int((~torch.isfinite(partial)).sum())
     return RunError(f"{error} {bad} of {len(partial)} samples failed; the others are in {path}.")

@@ -15,7 +15,7 @@ from typing import Any
 
 from experiment import figures
 from experiment.canvas import write_picture
-from experiment.evaluation import is_own
+from experiment.ledger import is_own
 from experiment.page import page
 from experiment.record import ITERATION, Record
 
@@ -31,7 +31,7 @@ COLUMNS = {
     "seconds": "seconds",
     "how": "how",
 }
-HOW = ("sde", "divergence", "dequantization", "note", "checkpoint")
+HOW = ("sde", "how", "divergence", "dequantization", "note", "checkpoint")
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 

@@ -35,6 +35,7 @@ from experiment.config import (
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.progress import say
+from experiment.shards import local_rank
 from score_models import ScoreModel
 from sde_lib import validation
 from sde_lib.samplers import SamplingError
@@ -123,7 +124,7 @@ class Run:
         return validation.flag("run", "fresh", self.config["run"]["fresh"])
 
     def device(self) -> torch.device:
-        """The device asked for; ``auto`` is the first GPU if there is one.
+        """The device asked for; ``auto`` is the first GPU if there is one, under torchrun its own.
 
         Raises:
             RunError: If there is no such device; the message lists those there are.
@@ -131,7 +132,8 @@ class Run:
         wanted = self.config["device"]
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         if wanted == "auto":
-            return torch.device(there[1] if len(there) > 1 else "cpu")
+            gpus = there[1:]
+            return torch.device(gpus[local_rank() % len(gpus)] if gpus else "cpu")
         if wanted in there or (wanted == "cuda" and len(there) > 1):
             return torch.device(wanted)
         raise RunError(

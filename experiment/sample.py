@@ -18,6 +18,7 @@ from experiment.progress import progress, say
 from experiment.report import write_report
 from experiment.run import Run
 from experiment.seeds import sample_streams
+from experiment.shards import alone
 from experiment.trackers import Safe
 from score_models import ScoreModel
 from sde_lib import Counted, PerSample, validation
@@ -39,6 +40,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
         num_samples: How many.
         batch_size: How many at a time; sample i does not depend on it.
     """
+    alone("sample")
     num_samples = validation.count("mode=sample", "num_samples", num_samples)
     batch_size = validation.count("mode=sample", "batch_size", batch_size)
     validation.installed("matplotlib")

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from experiment.errors import RunError
 from experiment.progress import say
 
 Part = TypeVar("Part")
@@ -18,9 +19,27 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def local_rank() -> int:
+    """Which of the processes of this machine this is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def world_size() -> int:
     """How many processes share the work; torchrun says so in the environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def alone(mode: str) -> None:
+    """Refuse more than one process where the work is not shared.
+
+    Raises:
+        RunError: Naming the mode.
+    """
+    if world_size() > 1:
+        raise RunError(
+            f"mode={mode} runs in one process; got {world_size()} of torchrun, which share only "
+            "mode=likelihood. Start it with python."
+        )
 
 
 def share(count: int) -> range:

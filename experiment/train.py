@@ -22,19 +22,15 @@ from experiment.checkpoint import (
 from experiment.data import Dataset
 from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
-from experiment.evaluation import (
-    Evaluation,
-    Likelihood,
-    append_evaluation,
-    evaluate,
-    evaluated,
-    show,
-)
+from experiment.evaluation import Evaluation, evaluate, show
+from experiment.ledger import append_evaluation, evaluated
 from experiment.progress import say
 from experiment.record import Record
 from experiment.report import write_report
 from experiment.run import Run
 from experiment.sample import draw_and_save
+from experiment.settings import Likelihood
+from experiment.shards import alone
 from experiment.trackers import Safe, Tracker
 from experiment.training import Batches, State, Training, fit
 from likelihood import Dequantization
@@ -52,6 +48,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         run: The composed configuration.
         quick_samples: Samples of the grid drawn at each evaluation.
     """
+    alone("train")
     if run.config["checkpoint"]:
         raise RunError(
             f"checkpoint={run.config['checkpoint']} is for mode=likelihood and mode=sample; "
@@ -228,7 +225,7 @@ class _Trainer:
         """Likelihood of the whole test set and samples: the result of the run."""
         settings, run = self.likelihood, self.run
         made = dequantizer(
-            settings, self.data, state.ema, run.path, state.iteration, seed=run.seed
+            settings, self.data, state.ema, run.path, f"{state.iteration:08d}", seed=run.seed
         )
         result = self.score(state, settings, "test likelihood", made)
         name = list_checkpoints(run.checkpoints)[-1].name

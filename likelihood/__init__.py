@@ -3,16 +3,15 @@
 from likelihood.basis import Basis, Cosine, Pixel, Principal
 from likelihood.bits import bits_per_dim
 from likelihood.bounds import (
-    BinDecoder,
-    DensityDecoder,
     calibrate_variance,
     continuous_bound,
     discrete_bound,
-    ordered,
-    rate_distortion,
+    discrete_bounds,
 )
 from likelihood.budget import plan, suited
 from likelihood.checks import check_likelihood
+from likelihood.comparison import ordered, rate_distortion
+from likelihood.decoders import BinDecoder, DensityDecoder
 from likelihood.dequantize import (
     Dequantization,
     TruncatedNormalDequantization,
@@ -61,6 +60,7 @@ __all__ = [
     "continuous_bound",
     "decode",
     "discrete_bound",
+    "discrete_bounds",
     "encode",
     "fit_dequantization",
     "importance_weighted",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Cosine(Basis):
 
     def to_data(self, coordinates: Tensor) -> Tensor:
         for axis in range(-self.axes, 0):
-            matrix = cosines(coordinates.shape[axis]).to(coordinates)
+            matrix = _cosines_like(coordinates.shape[axis], coordinates.dtype, coordinates.device)
             coordinates = torch.movedim(torch.movedim(coordinates, axis, -1) @ matrix, -1, axis)
         return coordinates
 
@@ -57,6 +58,12 @@ def cosines(size: int) -> Tensor:
     rows = torch.cos(math.pi / size * k[:, None] * (k[None] + 0.5)) * math.sqrt(2 / size)
     rows[0] /= math.sqrt(2)
     return rows
+
+
+@lru_cache(maxsize=32)
+def _cosines_like(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made and moved once: probes are drawn at every node, and a copy would wait there."""
+    return cosines(size).to(device, dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,4 +84,11 @@ class Principal(Basis):
 
     def to_data(self, coordinates: Tensor) -> Tensor:
         flat = coordinates.reshape(-1, len(self.axes))
-        return (flat @ self.axes.to(flat).mT).reshape(coordinates.shape)
+        axes = _axes_like(self, flat.dtype, flat.device)
+        return (flat @ axes.mT).reshape(coordinates.shape)
+
+
+@lru_cache(maxsize=4)
+def _axes_like(basis: Principal, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As :func:`_cosines_like`, for the few bases that are in use."""
+    return basis.axes.to(device, dtype)

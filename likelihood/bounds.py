@@ -3,216 +3,27 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from likelihood.dequantize import UniformDequantization
+from likelihood.checked import check_batch, check_finite
+from likelihood.comparison import variance_of_mean
+from likelihood.decoders import Decoder, DensityDecoder
+from likelihood.reverse_variance import (
+    AnalyticVariance,
+    ReverseVariance,
+    named_variance,
+    posterior,
+)
 from sde_lib import validation
 from sde_lib.counting import Counted
 from sde_lib.grids import UniformLogSNR
 from sde_lib.noise import Generator, rand, randn_like
 from sde_lib.reverse import ProbabilityFlow, Score
-from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import SDE, Level, expand_like
-
-
-class Decoder(ABC):
-    r"""The last factor of a bound, :math:`p(x | x_{t_{min}})`, from the denoised x0_hat.
-
-    Left to itself its standard deviation is sigma/alpha at t_min: x_t / alpha misses x by exactly
-    that, so the exact denoiser, being better, misses by at most that. The best one for a density
-    is :attr:`AnalyticVariance.decoder_std`, how far x0_hat was found to miss.
-
-    Attributes:
-        std: Standard deviation in model units, > 0; sigma/alpha at t_min if None.
-    """
-
-    std: float | None
-
-    def __post_init__(self) -> None:
-        if self.std is not None:
-            validation.real(type(self).__name__, "std", self.std, above=0)
-
-    @abstractmethod
-    def log_prob(self, x: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
-        """Log of p(x | x_t) in nats [B]; ``x``, ``x0_hat`` [B, ...] float64, ``level`` of []."""
-
-    def check(self, x: Tensor) -> None:  # noqa: B027
-        """Refuse ``x`` [B, ...] that this decoder cannot score, before anything is computed.
-
-        Raises:
-            ValueError: Saying what is wrong with ``x``.
-        """
-
-    def _scale(self, level: Level) -> Tensor | float:
-        return level.noise_ratio if self.std is None else self.std
-
-
-@dataclass(frozen=True)
-class DensityDecoder(Decoder):
-    r"""For continuous or dequantized x: the density :math:`N(x; \hat x_0, \mathrm{std}^2 I)`.
-
-    Args:
-        std: Standard deviation in model units, > 0; sigma/alpha at t_min if None.
-    """
-
-    std: float | None = None
-
-    def log_prob(self, x: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
-        std = torch.as_tensor(self._scale(level)).to(x)
-        square = ((x - x0_hat) / std).square().flatten(1).sum(1)
-        return -0.5 * square - x[0].numel() * (std.log() + 0.5 * math.log(2 * math.pi))
-
-
-@dataclass(frozen=True)
-class BinDecoder(Decoder):
-    r"""For K-level data: the mass that :math:`N(\hat x_0, \mathrm{std}^2 I)` has in the bin of x.
-
-    The first and the last bin take the whole tail, so that the K masses add up to one. The bound
-    is then one on the log-probability of the levels. Hand in bin centres, which give the tightest
-    bound; dequantized points bound it as well, since the KL of a mixture is at most the mean of
-    the KLs. Pictures scaled so that level v sits at v / 127.5 - 1 have ``low = -1 - 1 / 255`` and
-    ``high = 1 + 1 / 255``.
-
-    Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020, eq. 13.
-
-    Args:
-        bins: Where the levels are.
-        std: Standard deviation in model units, > 0; sigma/alpha at t_min if None.
-    """
-
-    bins: UniformDequantization
-    std: float | None = None
-
-    def check(self, x: Tensor) -> None:
-        low, high = self.bins.low, self.bins.high
-        slack = 1e-3 * self.bins.bin_width  # float32 rounds an edge to either side of it
-        if bool(((x < low - slack) | (x > high + slack)).any()):
-            raise ValueError(
-                f"BinDecoder needs x within its bins, [{low:g}, {high:g}]; got values from "
-                f"{float(x.min()):g} to {float(x.max()):g}. Give bins with the low and high of "
-                "the data, or use DensityDecoder() for continuous data."
-            )
-
-    def log_prob(self, x: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
-        bin_of = self.bins.decode(x).double()
-        edge = self.bins.low + self.bins.bin_width * bin_of
-        std = self._scale(level)
-        below = (edge - x0_hat) / std
-        above = (edge + self.bins.bin_width - x0_hat) / std
-        below = below.masked_fill(bin_of == 0, -math.inf)
-        above = above.masked_fill(bin_of == self.bins.levels - 1, math.inf)
-        return log_normal_mass(below, above).flatten(1).sum(1)
-
-
-def log_normal_mass(low: Tensor, high: Tensor) -> Tensor:
-    r"""Log of the standard normal mass :math:`\Phi(high) - \Phi(low)`, low < high, elementwise.
-
-    The interval is mirrored so that most of it lies below zero, where log Phi keeps its digits:
-    :math:`\log\Phi(b) + \log(1 - e^{\log\Phi(a) - \log\Phi(b)})`. Either end may be infinite.
-    """
-    mirror = low + high > 0
-    a, b = torch.where(mirror, -high, low), torch.where(mirror, -low, high)
-    log_a, log_b = torch.special.log_ndtr(a), torch.special.log_ndtr(b)
-    return log_b + torch.log(-torch.expm1(log_a - log_b))
-
-
-class ReverseVariance(ABC):
-    """The variance v of one reverse step N(mean, v I) of a T-step model."""
-
-    @abstractmethod
-    def __call__(self, earlier: Level, later: Level) -> Tensor:
-        """v of the steps from ``later`` (noisier) to ``earlier``, in the shape of their fields."""
-
-
-@dataclass(frozen=True)
-class PosteriorVariance(ReverseVariance):
-    r"""DDPM's small variance :math:`\tilde\beta`, that of x_s given x_t and x_0.
-
-    The best one if the data is a single point, and the least that any data can ask for.
-    """
-
-    def __call__(self, earlier: Level, later: Level) -> Tensor:
-        return posterior(earlier, later)[0]
-
-
-@dataclass(frozen=True)
-class ForwardVariance(ReverseVariance):
-    r"""DDPM's large variance, that of the forward transition in :math:`z = x / \sqrt{\alpha^2 +
-    \sigma^2}`.
-
-    .. math::  v = v_{t|s}\, \frac{\alpha_s^2 + \sigma_s^2}{\alpha_t^2 + \sigma_t^2}
-
-    For a variance-preserving process this is :math:`v_{t|s}`, DDPM's beta. The factor says the
-    same of every process: v is the variance of x_s given x_t if the data is N(0, I).
-    """
-
-    def __call__(self, earlier: Level, later: Level) -> Tensor:
-        _, variance = earlier.transition(later)
-        shrink = torch.hypot(earlier.alpha, earlier.sigma) / torch.hypot(later.alpha, later.sigma)
-        return variance * shrink.square()
-
-
-@dataclass(frozen=True)
-class AnalyticVariance(ReverseVariance):
-    r"""The isotropic variance with the best bound; :func:`calibrate_variance` makes one.
-
-    .. math::  v = \tilde\beta + c^2 \varrho_t^2\, \mathrm{unresolved}_t,
-               \qquad \mathrm{unresolved} = E\|\varepsilon - \hat\varepsilon\|^2 / D
-
-    with c the factor of x_0 in the posterior mean: the mean squared distance of x_s from the
-    model's mean, per dimension. For the exact score ``unresolved`` is :math:`1 -
-    E\|\hat\varepsilon\|^2 / D`, the form of Analytic-DPM; taken from the error itself, v is best
-    for an inexact score as well. Between the calibrated clocks it is interpolated: a bound is
-    flat around its best variance, so that a small error there costs its square.
-
-    Reference: Bao et al., Analytic-DPM, 2022, theorem 1; Bao et al., Estimating the Optimal
-    Covariance with Imperfect Mean in Diffusion Probabilistic Models, 2022.
-
-    Args:
-        clock: u = log(sigma/alpha), increasing, [N].
-        unresolved: Mean squared noise error per dimension at these, >= 0, [N].
-        decoder_std: Best standard deviation of a density decoder at the first, model units.
-    """
-
-    clock: Tensor
-    unresolved: Tensor
-    decoder_std: float
-
-    def __call__(self, earlier: Level, later: Level) -> Tensor:
-        variance, pull = posterior(earlier, later)
-        share = self._unresolved_at(later.noise_ratio.log())
-        return variance + (pull * later.noise_ratio).square() * share
-
-    def _unresolved_at(self, u: Tensor) -> Tensor:
-        clock, values = self.clock.to(u), self.unresolved.to(u)
-        cell = (torch.searchsorted(clock, u.contiguous()) - 1).clamp(0, len(clock) - 2)
-        part = (u - clock[cell]) / (clock[cell + 1] - clock[cell])
-        return torch.lerp(values[cell], values[cell + 1], part.clamp(0, 1))
-
-
-VARIANCES: dict[str, ReverseVariance] = {
-    "posterior": PosteriorVariance(),
-    "forward": ForwardVariance(),
-}
-
-
-def posterior(earlier: Level, later: Level) -> tuple[Tensor, Tensor]:
-    r"""Variance of :math:`q(x_s | x_t, x_0)` and the factor of x_0 in its mean.
-
-    .. math::  \tilde\beta = \frac{\sigma_s^2 v_{t|s}}{\sigma_t^2}, \qquad
-               c = \frac{\alpha_s v_{t|s}}{\sigma_t^2}
-
-    Args:
-        earlier: Level at s, the one with less noise.
-        later: Level at t; fields of the same shape.
-    """
-    _, variance = earlier.transition(later)
-    ratio = variance / later.sigma.square()
-    return earlier.sigma.square() * ratio, earlier.alpha * ratio
 
 
 @dataclass(frozen=True)
@@ -300,9 +111,9 @@ def continuous_bound(
     decoded = torch.stack(
         [_last(score, x, start, decoder, generator)[1] for _ in range(draws)]
     )  # [draws, B]
-    variance = width**2 * strata_variance(rate) + _variance_of_mean(decoded)
+    variance = width**2 * strata_variance(rate) + variance_of_mean(decoded)
     terms = torch.stack([_prior_term(flow.sde, x, end), width * rate.sum(0), decoded.mean(0)])
-    _check_finite("continuous_bound", -terms.sum(0))
+    check_finite("continuous_bound", terms.sum(0))
     return ContinuousBound(
         -terms.sum(0), variance.sqrt(), *terms, score.nfe, edges + 0.5 * width, rate
     )
@@ -393,25 +204,66 @@ def discrete_bound(
             the times do not increase, or if there is no variance of this name.
         SamplingError: If the score is not finite.
     """
+    return discrete_bounds(
+        flow,
+        x,
+        {"": variance},
+        steps=steps,
+        times=times,
+        decoder=decoder,
+        repeats=repeats,
+        generator=generator,
+    )[""]
+
+
+@torch.no_grad()
+def discrete_bounds(
+    flow: ProbabilityFlow,
+    x: Tensor,
+    variances: Mapping[str, ReverseVariance | str],
+    *,
+    steps: int | None = None,
+    times: Tensor | None = None,
+    decoder: Decoder = DensityDecoder(),
+    repeats: int = 1,
+    generator: Generator = None,
+) -> dict[str, DiscreteBound]:
+    """:func:`discrete_bound` under several ``variances`` by name, from the same forward passes.
+
+    Nothing but the price of an error depends on the variance: the errors are shared.
+    """
     repeats = validation.count("discrete_bound", "repeats", repeats)
     _check("discrete_bound", flow, x, decoder)
-    reverse_variance = _named_variance(variance)
+    reverse = {name: named_variance(variance) for name, variance in variances.items()}
     levels = _levels(flow.sde, _times("discrete_bound", flow.sde, steps, times), x)
     score = Counted(flow.score)
     passes = [_squares(score, x, levels, decoder, generator) for _ in range(repeats)]
-    terms = torch.stack(
-        [_terms(flow.sde, x, levels, reverse_variance, *one) for one in passes]
-    )  # [repeats, T + 2, B]
-    cost = terms.sum(1)
-    _check_finite("discrete_bound", -cost.mean(0))
-    distortion = torch.stack([squares for squares, _ in passes]).mean(0) / x[0].numel()
+    return {
+        name: _discrete(flow.sde, x, levels, variance, passes, score.nfe)
+        for name, variance in reverse.items()
+    }
+
+
+def _discrete(
+    sde: SDE,
+    x: Tensor,
+    levels: Level,
+    variance: ReverseVariance,
+    passes: list[tuple[Tensor, Tensor]],
+    nfe: int,
+) -> DiscreteBound:
+    """The bound under one variance from the errors of all ``passes``."""
+    terms = torch.stack([_terms(sde, x, levels, variance, *one) for one in passes])
+    cost = terms.sum(1)  # [repeats, B]
+    check_finite("discrete_bound", cost.mean(0))
+    squares = torch.stack([squares for squares, _ in passes]).mean(0) / x[0].numel()
     return DiscreteBound(
         -cost.mean(0),
-        _variance_of_mean(cost).sqrt(),
+        variance_of_mean(cost).sqrt(),
         terms.mean(0),
-        distortion * levels.noise_ratio.flip(0)[:, None].square(),
+        squares * levels.noise_ratio.flip(0)[:, None].square(),
         levels.t.flip(0),
-        score.nfe,
+        nfe,
     )
 
 
@@ -444,138 +296,9 @@ def calibrate_variance(
         noise = randn_like(x, generator).double()
         unresolved.append(noise_error(flow.score, x, level, noise).square().mean())
     found = torch.stack(unresolved)
-    _check_finite("calibrate_variance", found)
+    check_finite("calibrate_variance", found, what="levels")
     best = levels.noise_ratio[0] * found[0].clamp(min=1e-6).sqrt()  # a std of 0 has no density
     return AnalyticVariance(levels.noise_ratio.log(), found, float(best))
-
-
-@dataclass(frozen=True)
-class RateDistortion:
-    """What a progressive code would have sent and won at each level, averaged over samples.
-
-    Attributes:
-        rate: Bits per dimension sent by then, [T + 1], rising.
-        rate_error: Standard error of ``rate`` over the samples, [T + 1].
-        distortion: Root mean squared error of x0_hat by then, [T + 1].
-        distortion_error: Its standard error over the samples, [T + 1].
-        times: The levels, decreasing, [T + 1].
-    """
-
-    rate: Tensor
-    rate_error: Tensor
-    distortion: Tensor
-    distortion_error: Tensor
-    times: Tensor
-
-
-def rate_distortion(bound: DiscreteBound, num_dims: int, unit: float = 1.0) -> RateDistortion:
-    r"""Progressive coding: the rate of the terms so far against the error of x0_hat.
-
-    Level i is known after the prior term and i steps. What the decoder term adds makes K-level
-    data lossless; it is not on the curve.
-
-    Reference: Ho et al., Denoising Diffusion Probabilistic Models, 2020, section 4.3.
-
-    Args:
-        bound: From :func:`discrete_bound`, of at least two samples for the errors.
-        num_dims: D, numbers in one sample.
-        unit: Data units in one model unit: 127.5 for pictures of 0 to 255 scaled to [-1, 1].
-
-    Raises:
-        ValueError: If ``num_dims`` is not a whole number >= 1 or ``unit`` not > 0.
-    """
-    num_dims = validation.count("rate_distortion", "num_dims", num_dims)
-    unit = validation.real("rate_distortion", "unit", unit, above=0)
-    rate = bound.terms[:-1].cumsum(0) / (num_dims * math.log(2))
-    root = bound.distortion.mean(1).sqrt()
-    error = _variance_of_mean(bound.distortion.T).sqrt() / (2 * root)  # of a root: half, relative
-    return RateDistortion(
-        rate.mean(1), _variance_of_mean(rate.T).sqrt(), unit * root, unit * error, bound.times
-    )
-
-
-@dataclass(frozen=True)
-class Ordering:
-    """Whether log p of the ODE >= ELBO >= VLB, from paired differences over samples, in nats.
-
-    Attributes:
-        ode_gap: Mean of the ODE's log p minus the ELBO.
-        ode_gap_error: Its standard error.
-        vlb_gap: Mean of the ELBO minus the VLB.
-        vlb_gap_error: Its standard error.
-        sigmas: Standard errors by which a gap may be negative.
-    """
-
-    ode_gap: float
-    ode_gap_error: float
-    vlb_gap: float
-    vlb_gap_error: float
-    sigmas: float
-
-    @property
-    def ode_above_elbo(self) -> bool:
-        """Whether log p of the ODE >= ELBO within the allowance."""
-        return self.ode_gap >= -self.sigmas * self.ode_gap_error
-
-    @property
-    def elbo_above_vlb(self) -> bool:
-        """Whether ELBO >= VLB within the allowance."""
-        return self.vlb_gap >= -self.sigmas * self.vlb_gap_error
-
-    @property
-    def holds(self) -> bool:
-        """Whether both do."""
-        return self.ode_above_elbo and self.elbo_above_vlb
-
-    def __str__(self) -> str:
-        rows = [
-            ("ODE - ELBO", self.ode_gap, self.ode_gap_error, self.ode_above_elbo),
-            ("ELBO - VLB", self.vlb_gap, self.vlb_gap_error, self.elbo_above_vlb),
-        ]
-        return "\n".join(
-            f"{name} = {gap:.4g} +- {error:.2g} nats: "
-            f"{'in order' if good else f'negative by more than {self.sigmas:g} standard errors'}"
-            for name, gap, error, good in rows
-        )
-
-
-def ordered(ode: Tensor, elbo: Tensor, vlb: Tensor, *, sigmas: float = 3.0) -> Ordering:
-    r"""Compare three log-probabilities [B] of the same samples, in nats and in one unit.
-
-    What is to be expected, and why none of it is a theorem about one run:
-
-    - The ELBO bounds log p of the reverse *SDE* with its decoder. The ODE has another density
-      unless the score is exact; a learned score usually leaves the ODE above, but need not.
-    - ``log_likelihood`` scores x as a sample at t_min, the bounds score it at t = 0: the
-      difference, ``truncation`` of its result, must be small against the gap.
-    - A T-step model has a likelihood of its own. Its bound tends to the ELBO as T grows, from
-      below, in expectation, if the posterior variance is used and the error of x0_hat falls
-      along the levels, as that of the exact score does. A better variance (analytic) can lift a
-      T-step bound over the ELBO of an inexact score.
-
-    Bring densities and masses to one unit first: a log-density in model units plus
-    D log(bin_width) compares with a log-probability of levels.
-
-    Args:
-        ode: log p by the probability flow, [B].
-        elbo: From :func:`continuous_bound`, [B].
-        vlb: From :func:`discrete_bound`, [B].
-        sigmas: Standard errors of the mean difference that count as none, >= 0.
-
-    Raises:
-        ValueError: If the three are not of one shape [B], B >= 2.
-    """
-    sigmas = validation.real("ordered", "sigmas", sigmas, at_least=0)
-    shapes = [tuple(value.shape) for value in (ode, elbo, vlb)]
-    if len(set(shapes)) > 1 or len(shapes[0]) != 1 or shapes[0][0] < 2:
-        raise ValueError(
-            "ordered needs three log-probabilities [B] of the same two or more samples; got "
-            f"shapes {', '.join(map(str, shapes))}. Pass the log_prob of each result."
-        )
-    numbers = []
-    for gap in (ode.double() - elbo.double(), elbo.double() - vlb.double()):
-        numbers += [float(gap.mean()), float(_variance_of_mean(gap).sqrt())]
-    return Ordering(*numbers, sigmas)
 
 
 def noise_error(score: Score, x: Tensor, level: Level, noise: Tensor) -> Tensor:
@@ -672,13 +395,6 @@ def _prior_term(sde: SDE, x: Tensor, level: Level) -> Tensor:
     return gaussian_kl(level.sigma.square(), prior, distance, x[0].numel())
 
 
-def _variance_of_mean(draws: Tensor) -> Tensor:
-    """Variance [...] of the mean of ``draws`` [n, ...]; NaN for one."""
-    if len(draws) < 2:
-        return torch.full_like(draws[0], math.nan)
-    return draws.var(0) / len(draws)
-
-
 def _levels(sde: SDE, times: Tensor | list[float], x: Tensor) -> Level:
     """The levels at ``times`` [N], float64, where ``x`` is."""
     return sde.level(torch.as_tensor(times, dtype=torch.float64, device=x.device))
@@ -702,39 +418,11 @@ def _times(owner: str, sde: SDE, steps: int | None, times: Tensor | None) -> Ten
     return times
 
 
-def _named_variance(variance: ReverseVariance | str) -> ReverseVariance:
-    if callable(variance):
-        return variance
-    if variance not in VARIANCES:
-        raise ValueError(
-            f"discrete_bound needs variance to be one of {', '.join(sorted(VARIANCES))} or an "
-            f"object; got variance={variance!r}. The analytic one comes from "
-            "calibrate_variance(flow, x, steps=...)."
-        )
-    return VARIANCES[variance]
-
-
 def _check(owner: str, flow: ProbabilityFlow, x: Tensor, decoder: Decoder) -> None:
-    wanted = x.ndim >= 2 and x.numel() > 0 and x.dtype in (torch.float32, torch.float64)
-    if not wanted or not bool(torch.isfinite(x).all()):
-        raise ValueError(
-            f"{owner} needs a batch [B, ...] of finite floating-point numbers, float32 or "
-            f"float64; got shape {tuple(x.shape)}, {x.dtype}"
-            f"{'' if torch.isfinite(x).all() else ', with NaN or infinity'}."
-        )
+    check_batch(owner, x)
     if flow.log_prior is not None:
         raise ValueError(
             f"{owner} has the prior term in closed form for the prior of the process, N(0, "
             "sigma(t_max)²); got a flow with log_prior. Use probability_flow(sde, score)."
         )
     decoder.check(x)
-
-
-def _check_finite(owner: str, values: Tensor) -> None:
-    """The one wait for the device, at the end."""
-    bad = ~torch.isfinite(values)
-    if bool(bad.any()):
-        raise SamplingError(
-            f"{owner}: {int(bad.sum())} of {len(bad)} values are not finite, the first at index "
-            f"{int(bad.nonzero()[0])}; does the score function return NaN or infinity there?"
-        )

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from likelihood.budget import suited
+from likelihood.checked import check_batch, check_finite
 from likelihood.pilot import Pilot
 from likelihood.solvers import FixedGrid
 from sde_lib.adams import Adams
 from sde_lib.counting import Counted
 from sde_lib.reverse import ProbabilityFlow
-from sde_lib.samplers.base import SamplingError
 
 PARALLEL = 1e-12  # sine below which two directions single out no plane
 
@@ -73,7 +73,7 @@ def encode(
         SamplingError: If the score is not finite; the message says from which node on, and
             ``partial`` of the error holds the latents, the failed ones not finite.
     """
-    _check("encode", x)
+    check_batch("encode", x)
     return _carried("encode", flow, x, nodes, to_noise=True, differentiable=differentiable)
 
 
@@ -100,7 +100,7 @@ def decode(
             differentiable.
         SamplingError: If the score is not finite, as in :func:`encode`.
     """
-    _check("decode", latent)
+    check_batch("decode", latent)
     return _carried("decode", flow, latent, nodes, to_noise=False, differentiable=differentiable)
 
 
@@ -124,7 +124,7 @@ def round_trip(flow: ProbabilityFlow, x: Tensor, *, nodes: int = 64) -> RoundTri
         ValueError: As :func:`encode`.
         SamplingError: As :func:`encode`.
     """
-    _check("round_trip", x)
+    check_batch("round_trip", x)
     known = len(flow.memory)
     pilot = Pilot.of(flow, x, suited(tuple(x.shape[1:])))
     score = Counted(flow.score)
@@ -175,8 +175,8 @@ def interpolate(a: Tensor, b: Tensor, fractions: Tensor | Sequence[float]) -> Te
         ValueError: If the latents are not two like batches of finite numbers, or a fraction
             leaves [0, 1].
     """
-    _check("interpolate", a)
-    _check("interpolate", b)
+    check_batch("interpolate", a)
+    check_batch("interpolate", b)
     if a.shape != b.shape or a.dtype != b.dtype:
         raise ValueError(
             "interpolate needs two batches of one shape and dtype; got "
@@ -236,19 +236,8 @@ def _carried(
     with torch.set_grad_enabled(differentiable):
         z = Adams(clock, grid.chosen_order).solve(rate, x.double() / flow.scale(levels[0]))
         end = (flow.scale(levels[-1]) * z).to(x.dtype)
-    _check_finite(owner, end, torch.stack(finite), clock)
+    check_finite(owner, end, nodes=torch.stack(finite), clock=clock, partial=end)
     return end
-
-
-def _check(owner: str, x: Tensor) -> None:
-    wanted = x.ndim >= 2 and x.dtype in (torch.float32, torch.float64)
-    if not wanted or x.numel() == 0 or not bool(torch.isfinite(x).all()):
-        raise ValueError(
-            f"{owner} needs a batch [B, ...] of finite floating-point numbers, float32 or "
-            f"float64; got shape {tuple(x.shape)}, "
-            f"{x.dtype}{'' if torch.isfinite(x).all() else ', with NaN or infinity'}. A single "
-            "sample is x[None]; a network in half precision converts inside its score function."
-        )
 
 
 def _checked_fractions(fractions: Tensor | Sequence[float], like: Tensor) -> Tensor:
@@ -260,20 +249,3 @@ def _checked_fractions(fractions: Tensor | Sequence[float], like: Tensor) -> Ten
             f"second; got {f.tolist()}."
         )
     return f[:, None, None]
-
-
-def _check_finite(owner: str, end: Tensor, finite: Tensor, clock: Tensor) -> None:
-    """The one wait for the device, at the end."""
-    bad = ~torch.isfinite(end.detach()).flatten(1).all(1)
-    if not bool(bad.any()):
-        return
-    where = "at the end"
-    if not bool(finite.all()):
-        node = int((~finite).nonzero()[0])
-        where = f"from node {node} on, log(sigma/alpha) = {float(clock[node]):.4g}"
-    error = SamplingError(
-        f"{owner}: {int(bad.sum())} of {len(bad)} samples are not finite {where}, the first is "
-        f"sample {int(bad.nonzero()[0])}; does the score function return NaN or infinity there?"
-    )
-    error.partial = end
-    raise error

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from likelihood.budget import suited
+from likelihood.checked import check_batch, check_finite
 from likelihood.divergence import Divergence
 from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid, Path, Solver
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow
-from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level
 
 
@@ -60,13 +60,19 @@ def log_likelihood(
     """
     began = time.monotonic()
     solver = FixedGrid() if solver is None else solver
-    _check(x)
+    check_batch("log_likelihood", x)
     solver.check(x)
     divergence = divergence or suited(tuple(x.shape[1:]))
     with torch.set_grad_enabled(differentiable):
         path = solver.solve(flow, x, divergence, generator, differentiable=differentiable)
         result = _result(flow, x, path, began)
-    _check_finite(result)
+    check_finite(
+        "log_likelihood",
+        result.log_prob,
+        nodes=torch.isfinite(result.trace).all(1),
+        clock=result.clock,
+        partial=result,
+    )
     return result
 
 
@@ -131,32 +137,3 @@ def _prior_mismatch(
     constant = -0.5 * (latent[0].numel() - trace) - 0.5 * linear.square().sum()
     own_prior = flow.sde.prior_log_prob(latent) + first + second + constant
     return own_prior - flow.prior_log_prob(latent)
-
-
-def _check(x: Tensor) -> None:
-    wanted = x.ndim >= 2 and x.dtype in (torch.float32, torch.float64)
-    if not wanted or x.numel() == 0 or not bool(torch.isfinite(x).all()):
-        raise ValueError(
-            "log_likelihood needs a batch [B, ...] of finite floating-point numbers, float32 or "
-            f"float64; got shape {tuple(x.shape)}, "
-            f"{x.dtype}{'' if torch.isfinite(x).all() else ', with NaN or infinity'}. A network "
-            "in half precision converts inside its score function."
-        )
-
-
-def _check_finite(result: LogLikelihood) -> None:
-    """The one wait for the device, at the end."""
-    bad = ~torch.isfinite(result.log_prob)
-    if bool(bad.any()):
-        where = "at the end"
-        rows = torch.isfinite(result.trace).all(1)
-        if len(rows) and not bool(rows.all()):
-            node = int((~rows).nonzero()[0])
-            where = f"from node {node} on, log(sigma/alpha) = {float(result.clock[node]):.4g}"
-        error = SamplingError(
-            f"log_likelihood: {int(bad.sum())} of {len(bad)} samples are not finite {where}, the "
-            f"first is sample {int(bad.nonzero()[0])}; does the score function return NaN or "
-            "infinity there?"
-        )
-        error.partial = result
-        raise error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from likelihood.divergence import Divergence
+from likelihood.divergence import Divergence, Probes
 from sde_lib.adams import Adams, quadrature_weights
 from sde_lib.reverse import ProbabilityFlow
 
@@ -84,11 +84,11 @@ class Pilot:
         Adams(clock, order=2).solve(rate, x / flow.scale(levels[0]))
         traces = torch.stack(seen, dim=1).flip(1).cpu()  # [variants, M, k, samples]
         single = traces.shape[2] == 1  # an exact trace
-        variance = torch.zeros(traces.shape[:2]) if single else traces.var(2).mean(2)
+        variance = torch.zeros(traces.shape[:2]) if single else traces.var(2).nanmean(2)
         best = int(variance.clamp(min=0).sqrt().sum(1).argmin())
         return cls(
             clock=clock.flip(0),
-            trace=traces.mean((2, 3))[best],
+            trace=traces.nanmean((2, 3))[best],  # one bad sample spoils no grid
             variance=variance[best].double(),
             dims=template[0].numel(),
             divergence=variants[best],
@@ -97,8 +97,6 @@ class Pilot:
 
     def nodes(self, count: int) -> Tensor:
         """Where to evaluate, [count] increasing, float64: both ends and as dense as needed."""
-        if count == 2:
-            return self.clock[[0, -1]].clone()
         fine = torch.linspace(float(self.clock[0]), float(self.clock[-1]), 2001).double()
         density = self.density(fine)
         mass = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(density, fine)])
@@ -135,7 +133,7 @@ def interpolated(at: Tensor, points: Tensor, values: Tensor) -> Tensor:
     return values[cell] + share * (values[cell + 1] - values[cell])
 
 
-def _two_or_more(source: object) -> Tensor:
+def _two_or_more(source: Probes) -> Tensor:
     """At least two probes, [k, B, ...]: one alone has no spread."""
     first = source()
     return first if len(first) > 1 or first.numel() == 0 else torch.cat([first, source()])

@@ -27,9 +27,9 @@ class LogLikelihood:
         latent: Where each sample ends at t_max, [B, ...].
         nfe: Forward passes of the score function over the batch.
         passes: Backward passes (vector-Jacobian products) over the batch.
-        solver_error: Size of the integration error, nats, [B], from rules one order lower; with
-            probes, what of it stands out from their noise. NaN with an adaptive solver, whose
-            tolerance bounds it.
+        solver_error: Size of the integration error, nats, [B], from half of the nodes; with
+            probes, what of it stands out from their noise. NaN where nobody looked: with
+            ``halve=False``, and with an adaptive solver, whose tolerance bounds it.
         truncation: About log p at t = 0 minus log p at t_min, nats, [B], to first order in sigma².
         prior_mismatch: About log p minus the log-prior at the latent, nats, [B], to second order
             in alpha/sigma at t_max.

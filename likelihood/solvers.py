@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -82,7 +83,7 @@ class FixedGrid(Solver):
 
     That the nodes are fixed makes fresh probes at every node legitimate: each is unbiased for the
     trace there, and their errors average out along the path, where one probe kept along it has one
-    error and keeps it. Nodes are dense where the data have structure and where probes are noisy
+    error and keeps it. Nodes are dense where the data have structure
     (:class:`likelihood.pilot.Pilot`). The state is float64, the network runs in the dtype of x.
 
     Args:
@@ -144,7 +145,7 @@ class FixedGrid(Solver):
             volume=(weights * traces.mean(1)).sum(0),
             spread=self._spread(divergence, weights, traces.detach(), clock),
             z_other=z.detach(),
-            volume_difference=torch.zeros(len(x)).to(z),
+            volume_difference=torch.full_like(z.detach().flatten(1)[:, 0], math.nan),
             order=self.chosen_order,
             first=(noise[0], traces[0].mean(0).detach()),
             last=(noise[1], traces[-1].mean(0).detach()),
@@ -354,7 +355,7 @@ class Adaptive(Solver):
             volume=volumes.mean(0),
             spread=divergence.kept_variance(volumes),
             z_other=states[-1],
-            volume_difference=torch.full_like(volumes[0], float("nan")),
+            volume_difference=torch.full_like(volumes[0], math.nan),
             order=1,
             first=first,
             last=last,

@@ -10,20 +10,16 @@ from torch.testing import assert_close
 
 from likelihood import UniformDequantization, log_likelihood
 from likelihood.bounds import (
-    AnalyticVariance,
-    BinDecoder,
-    DensityDecoder,
     DiscreteBound,
-    ForwardVariance,
-    PosteriorVariance,
     calibrate_variance,
     continuous_bound,
     discrete_bound,
-    log_normal_mass,
-    ordered,
-    rate_distortion,
+    discrete_bounds,
     strata_variance,
 )
+from likelihood.comparison import ordered, rate_distortion
+from likelihood.decoders import BinDecoder, DensityDecoder, log_normal_mass
+from likelihood.reverse_variance import AnalyticVariance, ForwardVariance, PosteriorVariance
 from sde_lib import VPSDE, PerSample, probability_flow
 from sde_lib.oracles import Gaussian, GaussianMixture
 from sde_lib.samplers import SamplingError
@@ -477,3 +473,17 @@ def test_what_cannot_be_bounded_is_refused_with_a_remedy(seeded):
     ):
         with pytest.raises(SamplingError, match="not finite"):
             call()
+
+
+def test_several_variances_share_their_forward_passes():
+    sde, data = VPSDE(), Gaussian(torch.zeros(3), torch.tensor([0.3, 0.6, 1.0]))
+    flow, x = probability_flow(sde, data.score(sde)), data.sample(5)
+    generator = torch.Generator().manual_seed(0)
+    both = discrete_bounds(
+        flow, x, {"a": "posterior", "b": "forward"}, steps=7, generator=generator
+    )
+    for name, kind in (("a", "posterior"), ("b", "forward")):
+        alone = discrete_bound(
+            flow, x, steps=7, variance=kind, generator=torch.Generator().manual_seed(0)
+        )
+        assert torch.equal(both[name].terms, alone.terms) and both[name].nfe == alone.nfe == 8

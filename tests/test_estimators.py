@@ -10,8 +10,10 @@ from test_evaluation import SLANTED, gaussian_model, levels_data, slanted_model,
 
 from experiment.dequantizer import dequantizer
 from experiment.estimators import estimate, show_estimates
-from experiment.evaluation import Likelihood, append_evaluation, evaluate
+from experiment.evaluation import evaluate
+from experiment.ledger import append_evaluation
 from experiment.report import write_report
+from experiment.settings import Likelihood
 from likelihood import Exact, FixedGrid
 from sde_lib.oracles import Gaussian
 
@@ -32,7 +34,7 @@ def true_bits(data):
 def test_every_dequantization_bounds_the_code_length_and_weights_tighten_it(kind, tmp_path):
     model, truth = slanted_model(), float(true_bits(DATA).mean())
     settings = replace(SETTINGS, dequantization=kind, draws=16)
-    made = dequantizer(settings, DATA, model, tmp_path, 7, seed=0, steps=60)
+    made = dequantizer(settings, DATA, model, tmp_path, "7", seed=0, steps=60)
     plain = evaluate(model, DATA, settings, seed=0, dequantization=made)
     weighed = evaluate(
         model, DATA, replace(settings, importance=True), seed=0, dequantization=made
@@ -49,13 +51,15 @@ def test_every_dequantization_bounds_the_code_length_and_weights_tighten_it(kind
 
 def test_a_variational_dequantization_is_fitted_once_and_found_again(tmp_path, capsys):
     model, settings = slanted_model(), replace(SETTINGS, dequantization="variational")
-    first = dequantizer(settings, DATA, model, tmp_path, 7, seed=0, steps=5)
-    again = dequantizer(settings, DATA, model, tmp_path, 7, seed=0, steps=5)
+    first = dequantizer(settings, DATA, model, tmp_path, "7", seed=0, steps=5)
+    again = dequantizer(settings, DATA, model, tmp_path, "7", seed=0, steps=5)
     assert capsys.readouterr().out.count("fitting") == 1
     for name, value in first.flow_module.state_dict().items():
         assert torch.equal(value, again.flow_module.state_dict()[name])
-    assert dequantizer(SETTINGS, DATA, model, tmp_path, 7, seed=0) is None
-    assert dequantizer(settings, vectors(), gaussian_model(vectors()), tmp_path, 7, seed=0) is None
+    assert dequantizer(SETTINGS, DATA, model, tmp_path, "7", seed=0) is None
+    assert (
+        dequantizer(settings, vectors(), gaussian_model(vectors()), tmp_path, "7", seed=0) is None
+    )
     with pytest.raises(ValueError, match="fitted first"):
         evaluate(model, DATA, settings, seed=0)
 

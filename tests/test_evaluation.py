@@ -6,17 +6,21 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from experiment.data import Dataset
-from experiment.evaluation import Evaluation, Likelihood, append_evaluation, evaluate, evaluated
+from experiment.evaluation import Evaluation, evaluate
+from experiment.ledger import append_evaluation, evaluated, keep_samples
+from experiment.settings import Likelihood
 from likelihood import Adaptive, Exact, FixedGrid, Hutchinson
 from score_models import Noise, ScoreModel
 from sde_lib import EDMSDE, VPSDE
 from sde_lib.oracles import Gaussian
+from sde_lib.samplers import SamplingError
 from sde_lib.sde import expand_like
 
 
@@ -311,3 +315,50 @@ def test_a_run_is_scored_by_its_own_checkpoint_on_enough_samples(tmp_path):
     assert not evaluated(tmp_path, 7, 4), "another run's"
     add(4, "step-00000007.pt")
     assert evaluated(tmp_path, 7, 4) and not evaluated(tmp_path, 8, 4)
+
+
+@pytest.mark.parametrize(
+    "solver", [FixedGrid(16), Adaptive(1e-3, 1e-3)], ids=["fixed", "adaptive"]
+)
+def test_samples_that_fail_leave_the_others_their_values(solver):
+    class Broken(GaussianNoise):
+        def noise(self, y, rho):
+            far = (y.abs().amax(1, keepdim=True) > 50) & (rho < 1)
+            return torch.where(far, math.nan, super().noise(y, rho))
+
+    data = vectors(6)
+    units = data.units
+    mean = (SOURCE.mean.float() - units.shift) / units.scale
+    broken = model_of(Broken(mean, COVARIANCE / units.scale / units.scale[:, None]))
+    test = data.test.clone()
+    test[4] += 1e4
+    settings = Likelihood(solver=solver, divergence=Exact(), batch_size=2)
+    with pytest.raises(SamplingError) as caught:
+        evaluate(broken, replace(data, test=test), settings, seed=0)
+    whole = evaluate(gaussian_model(data), data, settings, seed=0).per_sample
+    lost = caught.value.partial.isnan()
+    # the adaptive solver loses the batch that the sample is in, the fixed grid the sample alone
+    assert lost.nonzero().flatten().tolist() == ([4] if solver == FixedGrid(16) else [4, 5])
+    assert_close(caught.value.partial[~lost], whole[~lost], rtol=0, atol=1e-3)
+
+
+def test_what_nobody_measured_is_not_called_zero(tmp_path):
+    settings = Likelihood(solver=FixedGrid(16, halve=False), divergence=Exact())
+    result = evaluate(slanted_model(), levels_data(4), settings, seed=0)
+    assert math.isnan(result.solver_error) and math.isnan(result.dequantization_error)
+    assert result.as_row()["solver_error"] is None
+
+
+def test_evaluations_of_other_settings_are_kept_beside_each_other(tmp_path):
+    data, model = levels_data(4), slanted_model()
+    kept = []
+    for nodes in (16, 24):
+        settings = Likelihood(solver=FixedGrid(nodes), divergence=Exact())
+        result = evaluate(model, data, settings, seed=0)
+        kept.append(keep_samples(tmp_path, result, "00000007", 0))
+    assert kept[0] != kept[1]
+    with np.load(kept[1]) as content:
+        assert_close(torch.from_numpy(content["bits_per_dim"]), result.per_sample)
+        assert_close(torch.from_numpy(content["solver_error"]), result.errors["solver_error"])
+        assert content["information"].shape == (4, 24) and content["clock"].shape == (24,)
+    assert keep_samples(tmp_path, result, "00000007", 0) == kept[1]

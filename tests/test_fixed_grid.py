@@ -356,7 +356,7 @@ def test_samples_that_are_not_finite_leave_the_others_their_result():
     x = noised(data, sde, 4)
     x[2, 0] = 1e3
     flow = probability_flow(sde, broken)
-    with pytest.raises(SamplingError, match=r"1 of 4 .* from node [01] on.* sample 2") as caught:
+    with pytest.raises(SamplingError, match=r"1 of 4 .* from node [01] on.* number 2") as caught:
         log_likelihood(flow, x, generator=PerSample(range(4)))
     good = [0, 1, 3]
     partial = caught.value.partial.log_prob

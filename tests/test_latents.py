@@ -273,7 +273,7 @@ def test_a_score_of_nan_is_told_with_its_place_and_leaves_the_others_their_resul
     x = torch.randn(4, 2, generator=seeded())
     x[2, 0] = 1e4
     flow = probability_flow(sde, broken)
-    message = rf"{name}: 1 of 4 samples .* from node \d+ on, log\(sigma/alpha\) = .* is sample 2;"
+    message = rf"{name}: 1 of 4 samples .* from node \d+ on, log\(sigma/alpha\) = .* is number 2;"
     with pytest.raises(SamplingError, match=message) as caught:
         call(flow, x)
     told = float(str(caught.value).partition("alpha) = ")[2].partition(",")[0])

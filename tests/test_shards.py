@@ -8,7 +8,9 @@ from test_evaluation import SLANTED, GaussianNoise, levels_data, model_of, slant
 from torch.testing import assert_close
 
 from experiment import shards
-from experiment.evaluation import Likelihood, evaluate
+from experiment.errors import RunError
+from experiment.evaluation import evaluate
+from experiment.settings import Likelihood
 from likelihood import FixedGrid, Hutchinson
 
 SETTINGS = Likelihood(solver=FixedGrid(16), divergence=Hutchinson(2), draws=2, batch_size=10)
@@ -61,3 +63,10 @@ def test_shares_are_a_partition(world, count, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         rows += shards.share(count)
     assert rows == list(range(count))
+
+
+def test_only_the_likelihood_is_shared(monkeypatch):
+    shards.alone("train")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RunError, match="mode=train runs in one process; got 2"):
+        shards.alone("train")

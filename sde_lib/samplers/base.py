@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,13 @@ Move = tuple[Callable[[Score, Tensor, Level, Level, Noise], Tensor], Level, Leve
 
 
 class SamplingError(RuntimeError):
-    """A trajectory that cannot be finished; the message says where it stopped and why."""
+    """A trajectory that cannot be finished; the message says where it stopped and why.
+
+    Attributes:
+        partial: What was found all the same, if anything was.
+    """
+
+    partial: Any = None
 
 
 class Sampler(ABC):

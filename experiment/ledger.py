@@ -1,0 +1,99 @@
+"""``likelihood.json``: one row for every evaluation of a run, with what it takes to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from experiment.checkpoint import write_atomically
+from experiment.data import Dataset
+from experiment.evaluation import Evaluation
+from experiment.settings import Likelihood
+from score_models import ScoreModel
+
+
+def evaluated(run_dir: Path, iteration: int, samples: int) -> bool:
+    """Whether ``likelihood.json`` has this run at this iteration, on as many ``samples``."""
+    return any(
+        row.get("iteration") == iteration and is_own(row) and row.get("num_samples", 0) >= samples
+        for row in _rows(run_dir / "likelihood.json")
+    )
+
+
+def is_own(row: Mapping[str, Any]) -> bool:
+    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in."""
+    name = str(row.get("checkpoint", ""))
+    return Path(name).name == name
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def _dequantized(data: Dataset, settings: Likelihood) -> str:
+    if data.levels is None:
+        return "none (continuous data)"
+    weighed = ", weighed by importance" if settings.importance else ""
+    return f"{settings.dequantization.replace('_', ' ')}, {settings.draws} draw(s){weighed}"
+
+
+class HasRow(Protocol):
+    """What stands beside an evaluation in its file."""
+
+    def as_row(self) -> dict[str, Any]:
+        """Numbers, strings and lists of them."""
+        ...
+
+
+def append_evaluation(
+    run_dir: Path,
+    result: Evaluation,
+    iteration: int,
+    model: ScoreModel,
+    data: Dataset,
+    settings: Likelihood,
+    checkpoint: str,
+    bounds: HasRow | None = None,
+) -> None:
+    """Add one row to ``likelihood.json``, with what it takes to repeat it.
+
+    ``checkpoint`` is the name of a file of this run, or the path of another run's; ``bounds`` what
+    else was estimated of the same samples.
+    """
+    path = run_dir / "likelihood.json"
+    row = result.as_row()
+    if bounds is not None:
+        row["bounds"] = bounds.as_row()
+    row |= {
+        "iteration": iteration,
+        "sde": repr(model.sde),
+        "data": data.name,
+        "entropy": data.entropy,
+        "checkpoint": checkpoint,
+        "dequantization": _dequantized(data, settings),
+        "settings": str(settings),
+        "note": f"probability-flow ODE; density at t_min = {model.sde.t_min:g}",
+    }
+    write_atomically(path, json.dumps([*_rows(path), row], indent=1).encode())
+
+
+def keep_samples(folder: Path, result: Evaluation, label: str, seed: int) -> Path:
+    """Write the value of each sample and its errors to ``likelihood-<label>-<digest>.npz``.
+
+    The digest tells other settings and seeds apart: one evaluation does not replace another.
+    """
+    digest = hashlib.sha256(f"{result.how} {seed}".encode()).hexdigest()[:6]
+    path = folder / f"likelihood-{label}-{digest}.npz"
+    np.savez(
+        path,
+        **{result.metric: result.per_sample.numpy(), "seed": seed, "how": result.how},
+        **{name: values.numpy() for name, values in result.errors.items()},
+        clock=result.information[0].numpy(),
+        information=result.information[1].numpy(),
+    )
+    return path

@@ -1,0 +1,152 @@
+"""How to evaluate a likelihood: what is asked for, and what that means for given data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from experiment.data import Dataset
+from experiment.progress import say
+from likelihood import (
+    Basis,
+    Cosine,
+    Dequantization,
+    Divergence,
+    FixedGrid,
+    Pixel,
+    Principal,
+    Solver,
+    Standardization,
+    TruncatedNormalDequantization,
+    plan,
+    suited,
+)
+from sde_lib import ProbabilityFlow, validation
+
+DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How to evaluate a likelihood.
+
+    Args:
+        solver: :class:`likelihood.FixedGrid` or :class:`likelihood.Adaptive`; 64 fixed nodes if
+            not given.
+        divergence: Exact or Hutchinson; chosen by the number of dimensions if not given.
+        basis: Where probes are drawn: auto (pixels or cosines, by a pilot), pixel, cosine, or
+            principal (axes of the training data).
+        budget: Wanted standard error of one sample by its probes, in the metric's unit; nodes and
+            probes are then chosen, and those of ``solver`` and ``divergence`` are not used.
+        batch_size: Samples solved together; halved where memory runs out.
+        draws: Dequantizations of each sample that are averaged; continuous data need one.
+        dequantization: uniform, truncated_normal (for a model trained on bin centres, see
+            ``training.dequantize``) or variational (a small flow, fitted once to the model).
+        importance: Whether the draws are combined by their importance weights, which tightens
+            the bound, instead of averaged.
+        bounds: T; the ELBO and the bound of the model in T steps are then computed beside the
+            likelihood; null: they are not.
+        max_samples: Evaluate only so many of the test set; all if null.
+    """
+
+    solver: Solver | None = None
+    divergence: Divergence | None = None
+    basis: str = "auto"
+    budget: float | None = None
+    batch_size: int = 128
+    draws: int = 1
+    dequantization: str = "uniform"
+    importance: bool = False
+    bounds: int | None = None
+    max_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "draws"):
+            object.__setattr__(
+                self, name, validation.count("likelihood", name, getattr(self, name))
+            )
+        validation.choice("likelihood", "basis", self.basis, BASES)
+        validation.choice("likelihood", "dequantization", self.dequantization, DEQUANTIZATIONS)
+        if validation.flag("likelihood", "importance", self.importance) and self.draws < 2:
+            raise ValueError(
+                f"likelihood needs draws >= 2 to weigh them by importance; got draws={self.draws}."
+            )
+        if self.bounds is not None:
+            steps = validation.count("likelihood", "bounds", self.bounds, at_least=2)
+            object.__setattr__(self, "bounds", steps)
+        if self.budget is not None:
+            validation.real("likelihood", "budget", self.budget, above=0)
+        if self.max_samples is not None:
+            count = validation.count("likelihood", "max_samples", self.max_samples, at_least=2)
+            object.__setattr__(self, "max_samples", count)
+
+    def quick(self, most: int) -> Likelihood:
+        """The same on at most ``most`` samples and no finer than a curve needs."""
+        return replace(
+            self,
+            solver=(self.solver or FixedGrid()).quick(),
+            budget=None,
+            draws=1,
+            importance=False,
+            bounds=None,
+            dequantization=self.dequantization.replace("variational", "uniform"),
+            max_samples=min(most, self.max_samples or most),
+        )
+
+    def __str__(self) -> str:
+        divergence = self.divergence or "exact up to 16 dimensions, else Hutchinson"
+        wanted = (
+            "" if self.budget is None else f", planned for a standard error of {self.budget:g}"
+        )
+        return f"{self.solver or FixedGrid()}, {divergence}, basis {self.basis}{wanted}"
+
+
+BASES: dict[str, Callable[[tuple[int, ...], Callable[[], Tensor]], Basis | None]] = {
+    "auto": lambda shape, train: None,
+    "pixel": lambda shape, train: Pixel(),
+    "cosine": lambda shape, train: Cosine(len(shape)),
+    "principal": lambda shape, train: Principal.of(train()),
+}
+
+
+def chosen(
+    flow: ProbabilityFlow, data: Dataset, settings: Likelihood, device: torch.device
+) -> tuple[Solver, Divergence]:
+    """Solver and divergence, those of the budget if there is one."""
+    like = torch.empty(1, *data.shape, device=device)
+    solver = settings.solver or FixedGrid()
+    divergence = settings.divergence or suited(data.shape)
+
+    def train() -> Tensor:
+        return data.units.encode(data.train[:20_000], torch.Generator().manual_seed(0))
+
+    basis = BASES[settings.basis](data.shape, train)
+    if basis is not None:
+        divergence = divergence.in_basis(basis)
+    if settings.budget is None:
+        return solver, divergence
+    found = plan(flow, like, settings.budget / per_nat(data), divergence=divergence)
+    say(f"for a standard error of {settings.budget:g} a sample: {found[0]}, {found[1]}")
+    return found
+
+
+def units_of(
+    data: Dataset, settings: Likelihood, dequantization: Dequantization | None
+) -> Dequantization | Standardization:
+    """What turns test samples into points of the model: the dequantization asked for, if any."""
+    if data.levels is None or dequantization is not None:
+        return dequantization or data.units
+    if settings.dequantization == "variational":
+        raise ValueError("a variational dequantization is fitted first and then passed on.")
+    if settings.dequantization == "truncated_normal":
+        return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
+    return data.units
+
+
+def per_nat(data: Dataset) -> float:
+    """What a nat of one sample is in the metric."""
+    return 1.0 if data.levels is None else 1 / (math.prod(data.shape) * math.log(2))

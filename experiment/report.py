@@ -23,6 +23,11 @@ log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
+FINEST = {
+    "bits_per_dim": "Below the width of a bin every e-fold costs the same, for noise that the "
+    "dequantization added and gives back.",
+    "nll": "Below the finest structure of the data every e-fold costs one nat a dimension.",
+}
 COLUMNS = {
     "iteration": "iteration",
     "value": "result ± standard error",
@@ -232,14 +237,12 @@ def _information(run_dir: Path, evaluations: Sequence[Row]) -> str:
     if not found:
         return ""
     clock, information = found[-1]["information"]
+    metric = found[-1]["metric"]
     return _figure(
         run_dir / "figures" / "information.png",
-        "Information by noise level, averaged over the samples: the dashed line has what telling "
-        "the data from noise took down to there; below the width of a bin every e-fold costs the "
-        "same, which the dequantization gives back",
-        lambda path: figures.plot_information(
-            clock, information, path, UNITS[found[-1]["metric"]]
-        ),
+        "Information by noise level, averaged over the samples; the dashed line is what telling "
+        f"the data from noise took down to there. {FINEST[metric]}",
+        lambda path: figures.plot_information(clock, information, path, UNITS[metric]),
     )
 
 

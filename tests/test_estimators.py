@@ -14,7 +14,7 @@ from experiment.evaluation import evaluate
 from experiment.ledger import append_evaluation
 from experiment.report import write_report
 from experiment.settings import Likelihood
-from likelihood import Exact, FixedGrid
+from likelihood import Exact, FixedGrid, Hutchinson
 from sde_lib.oracles import Gaussian
 
 SETTINGS = Likelihood(solver=FixedGrid(32, halve=False), divergence=Exact(), batch_size=500)
@@ -110,3 +110,25 @@ def test_settings_out_of_range_are_refused(choice, words):
         Likelihood(**choice)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_noise_of_the_probes_does_not_lift_the_weighed_bound():
+    model, data = slanted_model(), levels_data(400)
+    exact = replace(SETTINGS, draws=6, importance=True)
+    probed = replace(exact, divergence=Hutchinson(2), solver=FixedGrid(32, fresh=False))
+    truth, found = (evaluate(model, data, s, seed=0) for s in (exact, probed))
+    gap = found.per_sample - truth.per_sample  # the same draws: the probes are what differs
+    per_draw = found.probe_error * (found.num_samples * found.effective_draws) ** 0.5
+    bias = 0.5 * (1 - 1 / 6) * (per_draw * 3 * math.log(2)) ** 2 / (3 * math.log(2))
+    error = float(gap.std()) / len(gap) ** 0.5
+    assert bias > 6 * error, "without the correction it would be seen"
+    assert abs(float(gap.mean())) < 5 * error + 0.3 * bias
+
+
+def test_the_probe_error_of_weighed_draws_is_that_of_those_that_count():
+    probed = replace(SETTINGS, divergence=Hutchinson(2), draws=8)
+    plain = evaluate(slanted_model(), DATA, probed, seed=0)
+    weighed = evaluate(slanted_model(), DATA, replace(probed, importance=True), seed=0)
+    ratio = (weighed.errors["probe_error"] / plain.errors["probe_error"]).square()
+    wanted = 8 / weighed.errors["effective_draws"]  # of draws whose probes are alike
+    assert float((ratio / wanted).median()) == pytest.approx(1, abs=0.3)

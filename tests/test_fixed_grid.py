@@ -456,3 +456,14 @@ def test_student_quantiles_are_those_of_the_tables():
     freedom = torch.tensor([1.0, 2.0, 5.0, 30.0, 1e9], dtype=torch.float64)
     wanted = torch.tensor([12.706, 4.303, 2.571, 2.042, 1.965], dtype=torch.float64)
     assert_close(student_quantile(0.95, freedom), wanted, rtol=3e-3, atol=0)
+
+
+def test_the_interval_of_an_exact_trace_is_two_solver_errors_wide_each_way():
+    sde, data = VPSDE(), vectors()
+    result = log_likelihood(
+        exact_flow(sde, data), noised(data, sde, 5), divergence=Exact(), solver=FixedGrid(16)
+    )
+    low, high = result.interval()
+    assert float(result.solver_error.min()) > 1e-3
+    assert_close(high - result.log_prob, 2 * result.solver_error, rtol=1e-3, atol=1e-4)
+    assert_close(result.log_prob - low, 2 * result.solver_error, rtol=1e-3, atol=1e-4)

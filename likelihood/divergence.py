@@ -157,11 +157,22 @@ class Exact(Divergence):
 
 
 def _beside(values: Tensor, nodes: Tensor) -> Tensor:
-    """Squared distance of ``values`` to the line through their neighbours, a variance [N, B]."""
-    share = ((nodes[1:-1] - nodes[:-2]) / (nodes[2:] - nodes[:-2])).to(values)[:, None]
-    distance = values[1:-1] - (1 - share) * values[:-2] - share * values[2:]
-    inner = distance.square() / (1 + (1 - share) ** 2 + share**2)
-    return torch.cat([inner[:1], inner, inner[-1:]])
+    """Squared distance of ``values`` [N, B], N >= 5, from the cubic through the two neighbours on
+    each side, as a variance [N, B]; the ends take that of the nearest node that has them."""
+    count = len(nodes) - 4
+    around = [range(i, i + count) for i in (0, 1, 3, 4)]
+    points = torch.stack([nodes[list(rows)] for rows in around]).to(values)  # [4, count]
+    here = nodes[2:-2].to(values)
+    shares = []
+    for j in range(4):
+        others = [k for k in range(4) if k != j]
+        shares.append(((here - points[others]) / (points[j] - points[others])).prod(0))
+    beside = sum(
+        share[:, None] * values[list(rows)] for share, rows in zip(shares, around, strict=True)
+    )
+    noise = 1 + sum(share.square() for share in shares)
+    inner = (values[2:-2] - beside).square() / noise[:, None]
+    return torch.cat([inner[:1], inner[:1], inner, inner[-1:], inner[-1:]])
 
 
 def rademacher(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Tensor:
@@ -267,8 +278,8 @@ class Hutchinson(Divergence):
         return Spread(variance / k, torch.full_like(variance, k - 1.0))
 
     def fresh_variance(self, traces: Tensor, nodes: Tensor, weights: Tensor) -> Spread:
-        """From the spread of the probes at each node; with one, from its distance to the line
-        through the nodes beside it, which a bend of the trace only makes larger.
+        """From the spread of the probes at each node; with one, from its distance to the cubic
+        through the nodes beside it, which a sharp bend of the trace only makes larger.
 
         The degrees of freedom are those of Welch and Satterthwaite: where few nodes have most of
         the variance, it is itself known from these few alone.

@@ -127,16 +127,16 @@ def choices(x: Tensor) -> dict[str, tuple[int, ll.Divergence, str]]:
     default = ll.suited(tuple(x.shape[1:]))
     found = {
         "default": (64, default, "2 probes" if default.random else "exact"),
-        "44 nodes, 1 probe": (LEAN, ll.Hutchinson(1), "1 probe"),
-        "44 nodes, 2 probes": (LEAN, ll.Hutchinson(2), "2 probes"),
-        "44 nodes, 1 orthogonal": (LEAN, ll.Hutchinson(1, "orthogonal"), "1 probe"),
+        f"{LEAN} nodes, 1 probe": (LEAN, ll.Hutchinson(1), "1 probe"),
+        f"{LEAN} nodes, 2 probes": (LEAN, ll.Hutchinson(2), "2 probes"),
+        f"{LEAN} nodes, 1 orthogonal": (LEAN, ll.Hutchinson(1, "orthogonal"), "1 probe"),
     }
     bases = {"pixels": ll.Pixel()} if x.ndim > 2 else {}
     bases |= {"DCT of each channel": ll.Cosine(2)} if x.ndim > 3 and x.shape[1] > 1 else {}
     for name, basis in bases.items():
-        found[f"44 nodes, 1 probe, {name}"] = (LEAN, ll.Hutchinson(1, basis=basis), "1 probe")
+        found[f"{LEAN} nodes, 1 probe, {name}"] = (LEAN, ll.Hutchinson(1, basis=basis), "1 probe")
     if x.ndim == 2 and default.random:
-        found["44 nodes, exact"] = (LEAN, ll.Exact(), "exact")
+        found[f"{LEAN} nodes, exact"] = (LEAN, ll.Exact(), "exact")
     return found
 
 
@@ -293,7 +293,8 @@ def measure(target: Target, quick: bool) -> None:
         for name, row in own.items():
             line(name, *(interval(ratio(row, peer)) for peer in peers.values()))
     print()
-    for name in ("44 nodes, 1 probe" + BARE, "default"):
+    lean = f"{LEAN} nodes, 2 probes" + BARE
+    for name in (lean, "default") if target.name in NETWORKS else (lean,):
         for other, peer in peers.items():
             judge(target.name, f"{name} against {other}", own[name], peer)
     for unit, most in (("1 probe", 2.35), ("2 probes", 3.6), ("4 probes", 6.0)):

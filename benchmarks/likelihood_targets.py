@@ -106,10 +106,10 @@ def images(side: int, channels: int, *, rotated: bool) -> Oracle:
 MIXTURES = {  # and how many samples
     "mixture2": (modes, 256),
     "mixture32": (vectors, 64),
-    "image784": (lambda: images(28, 1, rotated=False), 12),
-    "rotated784": (lambda: images(28, 1, rotated=True), 12),
-    "image3072": (lambda: images(32, 3, rotated=False), 4),
-    "rotated3072": (lambda: images(32, 3, rotated=True), 4),
+    "image784": (lambda: images(28, 1, rotated=False), 32),
+    "rotated784": (lambda: images(28, 1, rotated=True), 32),
+    "image3072": (lambda: images(32, 3, rotated=False), 16),
+    "rotated3072": (lambda: images(32, 3, rotated=True), 16),
 }
 NETWORKS = {"digits": 16, "mnist": 6}
 

@@ -15,7 +15,7 @@ from experiment.data import Dataset
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams
 from experiment.settings import Likelihood, chosen, per_nat, units_of
-from experiment.shards import gathered, halving, share
+from experiment.shards import gathered, halving, rank, share
 from likelihood import Dequantization, LogLikelihood, importance_weighted, log_likelihood
 from likelihood.dequantize import Drawn
 from likelihood.importance import noise_bias
@@ -23,6 +23,7 @@ from score_models import ScoreModel
 from sde_lib import PerSample, probability_flow
 from sde_lib.samplers import SamplingError
 
+LONG = 600.0  # seconds that an evaluation may take before it says so
 UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
 
 
@@ -159,11 +160,11 @@ def evaluate(
 
     own = share(len(test))
     starts = range(own.start, own.stop, settings.batch_size)
-    parts = [
-        part
-        for start in progress(starts, description)
-        for part in halving(solve, range(start, min(start + settings.batch_size, own.stop)))
-    ]
+    parts: list[dict[str, Any]] = []
+    for start in progress(starts, description):
+        parts += halving(solve, range(start, min(start + settings.batch_size, own.stop)))
+        if start == own.start and rank() == 0:
+            _foretell(description, (time.monotonic() - began) * (len(starts) - 1), len(test))
     rows = gathered(parts)
     how = f"{solver}, {divergence}; {units if data.levels else 'continuous'}, {draws} draw(s)"
     how += ", weighed by importance" if settings.importance else ""
@@ -175,6 +176,15 @@ def evaluate(
         error.partial = result.per_sample
         raise error
     return result
+
+
+def _foretell(description: str, seconds: float, count: int) -> None:
+    """Say after the first batch what would otherwise be found out after hours."""
+    if seconds > LONG:
+        say(
+            f"{description} of {count} samples: about {seconds / 60:.0f} minutes from here; "
+            "likelihood.max_samples=N takes the first N"
+        )
 
 
 def _row(

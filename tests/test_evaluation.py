@@ -189,6 +189,17 @@ def test_the_value_of_a_sample_does_not_depend_on_the_batch_size(batch_size):
     assert float((other.per_sample - whole.per_sample).abs().max()) > 1e-2
 
 
+def test_an_evaluation_of_hours_says_so_after_its_first_batch(monkeypatch, capsys):
+    data, settings = vectors(), Likelihood(divergence=Exact(), solver=FixedGrid(16), batch_size=6)
+    evaluate(gaussian_model(data), data, settings, seed=0)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("experiment.evaluation.LONG", 0.0)
+    evaluate(gaussian_model(data), data, settings, seed=0)
+    said = capsys.readouterr().out
+    assert said.startswith("likelihood of 24 samples: about 0 minutes from here; ")
+    assert said.count("\n") == 1 and "likelihood.max_samples=N" in said
+
+
 def test_the_first_samples_are_those_of_the_whole_test_set():
     data = levels_data(11)
     settings = Likelihood(divergence=Hutchinson(), solver=FixedGrid(192))

@@ -136,7 +136,7 @@ def mixture(name: str, samples: int | None) -> Target:
     flow = probability_flow(
         sde, data.score(sde), log_prior=lambda x: data.log_prob(x.double(), sde, sde.t_max)
     )
-    return Target(name, flow, replace(flow, memory={}), x, truth, torch.zeros_like(truth))
+    return Target(name, flow, replace(flow), x, truth, torch.zeros_like(truth))
 
 
 def network(name: str, checkpoint: Path, samples: int | None) -> Target:

@@ -8,7 +8,7 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what, where, and what to do."""
 
 
-EXPECTED = (RunError, ValueError, OSError, ImportError)
+EXPECTED = (RunError, ValueError, OSError, ImportError, MemoryError, FloatingPointError)
 
 
 def one_line(error: Exception) -> str:

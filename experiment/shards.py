@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from experiment.errors import RunError
 from experiment.progress import say
+from likelihood.memory import in_halves
 
 Part = TypeVar("Part")
 
@@ -65,34 +64,9 @@ def gathered(parts: list[Part]) -> list[Part]:
 
 
 def halving(solve: Callable[[range], Part], rows: range) -> list[Part]:
-    """``solve`` over ``rows``, in halves of halves as far as memory asks for it.
-
-    Sample i takes its randomness from its own stream, so that no result depends on the halves.
+    """``solve`` over ``rows``, in halves of halves as far as memory asks for it, and says so.
 
     Raises:
         MemoryError: If a single sample does not fit.
     """
-    try:
-        return [solve(rows)]
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        if len(rows) == 1:
-            raise MemoryError(
-                "not even one sample fits into memory; use a smaller network, "
-                "likelihood.divergence.chunk=1 with an exact trace, or device=cpu."
-            ) from error
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    middle = rows.start + len(rows) // 2
-    say(f"out of memory with {len(rows)} samples at once; going on with {len(rows) // 2}")
-    return [
-        *halving(solve, range(rows.start, middle)),
-        *halving(solve, range(middle, rows.stop)),
-    ]
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU it has a class of its own, on a CPU only a message."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text
+    return in_halves(solve, rows, say)

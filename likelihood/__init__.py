@@ -8,7 +8,7 @@ from likelihood.bounds import (
     discrete_bound,
     discrete_bounds,
 )
-from likelihood.budget import plan, suited
+from likelihood.budget import plan
 from likelihood.checks import check_likelihood
 from likelihood.comparison import ordered, rate_distortion
 from likelihood.decoders import BinDecoder, DensityDecoder
@@ -17,7 +17,7 @@ from likelihood.dequantize import (
     TruncatedNormalDequantization,
     UniformDequantization,
 )
-from likelihood.divergence import Divergence, Exact, Hutchinson
+from likelihood.divergence import Divergence, Exact, Hutchinson, suited
 from likelihood.importance import importance_weighted
 from likelihood.latents import RoundTrip, decode, encode, interpolate, round_trip
 from likelihood.ode import log_likelihood

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from sde_lib import validation
+
+ORTHOGONAL = 1e-4  # how far from I the products of axes may be, rounded in float32
 
 
 class Basis(ABC):
@@ -17,6 +21,13 @@ class Basis(ABC):
     Probes :math:`v = Q\,w` with independent signs w are unbiased in every basis, and their
     variance is that of the off-diagonal of :math:`Q^T J Q`.
     """
+
+    def check(self, shape: tuple[int, ...]) -> None:  # noqa: B027
+        """Refuse samples of a ``shape`` that has no such coordinates.
+
+        Raises:
+            ValueError: Saying what would do.
+        """
 
     @abstractmethod
     def to_data(self, coordinates: Tensor) -> Tensor:
@@ -44,6 +55,16 @@ class Cosine(Basis):
     """
 
     axes: int
+
+    def __post_init__(self) -> None:
+        validation.count("Cosine", "axes", self.axes)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if self.axes > len(shape):
+            raise ValueError(
+                f"Cosine({self.axes}) needs samples of {self.axes} axes or more; got the shape "
+                f"{tuple(shape)}. Take Cosine({len(shape)})."
+            )
 
     def to_data(self, coordinates: Tensor) -> Tensor:
         for axis in range(-self.axes, 0):
@@ -74,7 +95,24 @@ class Principal(Basis):
         axes: Orthogonal matrix [D, D]; column i is the i-th axis.
     """
 
-    axes: Tensor
+    axes: Tensor = field(repr=False)
+
+    def __post_init__(self) -> None:
+        square = self.axes.ndim == 2 and self.axes.shape[0] == self.axes.shape[1]
+        if not square or not self.axes.is_floating_point() or _slant(self.axes) > ORTHOGONAL:
+            raise ValueError(
+                "Principal needs an orthogonal matrix [D, D], whose columns are the axes: probes "
+                f"would be biased in any other; got shape {tuple(self.axes.shape)}"
+                f"{f', off by {_slant(self.axes):.2g}' if square else ''}. "
+                "Principal.of(samples) makes one."
+            )
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        if torch.Size(shape).numel() != len(self.axes):
+            raise ValueError(
+                f"Principal has {len(self.axes)} axes; got samples of shape {tuple(shape)}, which "
+                f"have {torch.Size(shape).numel()} dimensions."
+            )
 
     @classmethod
     def of(cls, samples: Tensor) -> Principal:
@@ -92,3 +130,9 @@ class Principal(Basis):
 def _axes_like(basis: Principal, dtype: torch.dtype, device: torch.device) -> Tensor:
     """As :func:`_cosines_like`, for the few bases that are in use."""
     return basis.axes.to(device, dtype)
+
+
+def _slant(axes: Tensor) -> float:
+    """Largest entry of Q' Q - I; 0 for an orthogonal matrix."""
+    axes = axes.double()
+    return float((axes.mT @ axes - torch.eye(len(axes), dtype=axes.dtype).to(axes)).abs().max())

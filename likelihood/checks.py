@@ -97,7 +97,7 @@ def check_likelihood(
 class _Subject:
     """A solver and a divergence, on what and how hard they are checked; see the public check.
 
-    ``memory`` keeps what was found out about the flow of each target, which is found out once.
+    ``flows`` keeps the flow of each target, and with it what a pilot has found out about it.
     """
 
     solver: Solver
@@ -107,7 +107,7 @@ class _Subject:
     tolerance: float
     cautious: bool
     seed: int
-    memory: dict[Oracle, dict] = field(default_factory=dict, repr=False)
+    flows: dict[Oracle, ProbabilityFlow] = field(default_factory=dict, repr=False)
 
     @property
     def random(self) -> bool:
@@ -116,13 +116,9 @@ class _Subject:
     def flow(self, data: Oracle, score: Score | None = None) -> ProbabilityFlow:
         """That of the exact score and the exact prior: what is left is integration error."""
         sde = self.sde
-        known = {} if score is not None else self.memory.setdefault(data, {})
-        return ProbabilityFlow(
-            sde,
-            data.score(sde) if score is None else score,
-            lambda x: data.log_prob(x, sde, sde.t_max),
-            memory=known,
-        )
+        if score is None:
+            return self.flows.setdefault(data, self.flow(data, data.score(sde)))
+        return ProbabilityFlow(sde, score, lambda x: data.log_prob(x, sde, sde.t_max))
 
     def run(self, flow: ProbabilityFlow, x: Tensor, generator: Generator = None) -> LogLikelihood:
         generator = self.generator(1) if generator is None else generator

@@ -16,6 +16,15 @@ from likelihood.basis import Basis, Cosine, Pixel
 from sde_lib import validation
 from sde_lib.noise import Generator, rand, randn
 
+NO_GRAPH = (
+    "the score function cannot be differentiated with respect to x: its result does not depend on "
+    "x by a graph; does it call detach(), .data, numpy or torch.no_grad()? A likelihood needs its "
+    "derivative."
+)
+# squared distances from cubics that share nodes have the correlations 0.8², 0.4², 0.11², ...:
+# 1 + 2 sum, by which their sum varies more than that of independent ones
+OVERLAP = 2.63
+
 Field = Callable[[Tensor], Tensor]
 Probes = Callable[[], Tensor]
 
@@ -97,14 +106,19 @@ class Divergence(ABC):
             if not (create_graph and x.requires_grad):
                 x = x.detach().requires_grad_()
             value = function(x)
-            if not value.requires_grad:
+            if value.shape != x.shape:
                 raise ValueError(
-                    "the score function cannot be differentiated with respect to x: "
-                    "its result has no graph; "
-                    "does it call detach(), .data, numpy or torch.no_grad()? A "
-                    "likelihood needs its derivative."
+                    f"the score function must return the shape of x; got {tuple(value.shape)} for "
+                    f"x of shape {tuple(x.shape)}."
                 )
-            traces = self.traces(value, x, probes, create_graph=create_graph)
+            if not value.requires_grad:
+                raise ValueError(NO_GRAPH)
+            try:
+                traces = self.traces(value, x, probes, create_graph=create_graph)
+            except RuntimeError as error:
+                if "not have been used in the graph" in str(error):  # of its weights alone
+                    raise ValueError(NO_GRAPH) from error
+                raise
         return (value, traces) if create_graph else (value.detach(), traces)
 
 
@@ -154,6 +168,9 @@ class Exact(Divergence):
             )
             total = total + (jacobian.flatten(2) * basis).sum((0, 2))
         return total[None]
+
+
+SMALL = 16  # dimensions up to which the exact trace costs less than its noise is worth
 
 
 def _beside(values: Tensor, nodes: Tensor) -> Tensor:
@@ -246,6 +263,11 @@ class Hutchinson(Divergence):
             self, "num_probes", validation.count("Hutchinson", "num_probes", self.num_probes)
         )
         validation.choice("Hutchinson", "distribution", self.distribution, PROBES)
+        if not (self.basis is None or isinstance(self.basis, Basis)):
+            raise ValueError(
+                "Hutchinson needs basis=Pixel(), Cosine(axes), Principal.of(samples) or None; got "
+                f"basis={self.basis!r}."
+            )
 
     def in_basis(self, basis: Basis) -> Hutchinson:
         return replace(self, basis=basis)
@@ -266,6 +288,7 @@ class Hutchinson(Divergence):
         shape = (len(x), self.num_probes, *x.shape[1:])
         draw = PROBES[self.distribution](shape, generator, x)
         basis = self.basis or Pixel()
+        basis.check(tuple(x.shape[1:]))
         return lambda: basis.to_data(draw()).transpose(0, 1)
 
     def passes(self, x: Tensor) -> int:
@@ -281,14 +304,17 @@ class Hutchinson(Divergence):
         """From the spread of the probes at each node; with one, from its distance to the cubic
         through the nodes beside it, which a sharp bend of the trace only makes larger.
 
-        The degrees of freedom are those of Welch and Satterthwaite: where few nodes have most of
-        the variance, it is itself known from these few alone.
+        The degrees of freedom are those of Welch and Satterthwaite with estimates in place of the
+        variances: where few nodes have most of the variance, it is itself known from these few
+        alone. Estimates squared are too large by (k + 1) / (k - 1), so that the number is below
+        the unbiased one; the tails of a quadratic form, longer than a normal's, need that much.
         """
         k = traces.shape[1]
         variance = traces.var(1) / k if k > 1 else _beside(traces[:, 0], nodes)
         parts = weights.square()[:, None] * variance
         total = parts.sum(0)
-        freedom = max(1, k - 1) * total.square() / parts.square().sum(0)
+        each = k - 1 if k > 1 else 1 / OVERLAP
+        freedom = each * total.square() / parts.square().sum(0)
         return Spread(total, freedom.nan_to_num(math.inf))
 
     def traces(self, value: Tensor, x: Tensor, probes: Tensor, *, create_graph: bool) -> Tensor:
@@ -302,3 +328,8 @@ class Hutchinson(Divergence):
         return torch.stack(
             [(row * probe).flatten(1).sum(1) for row, probe in zip(rows, probes, strict=True)]
         )
+
+
+def suited(shape: tuple[int, ...]) -> Divergence:
+    """The exact trace up to 16 dimensions, else two Rademacher probes."""
+    return Exact() if torch.Size(shape).numel() <= SMALL else Hutchinson()

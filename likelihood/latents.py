@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from likelihood.budget import suited
 from likelihood.checked import check_batch, check_finite
+from likelihood.divergence import suited
 from likelihood.pilot import Pilot
 from likelihood.solvers import FixedGrid
 from sde_lib.adams import Adams
@@ -128,7 +128,8 @@ def round_trip(flow: ProbabilityFlow, x: Tensor, *, nodes: int = 64) -> RoundTri
     known = len(flow.memory)
     pilot = Pilot.of(flow, x, suited(tuple(x.shape[1:])))
     score = Counted(flow.score)
-    counted = replace(flow, score=score)  # with the memory of the flow, so without another pilot
+    counted = replace(flow, score=score)
+    counted.memory.update(flow.memory)  # so without another pilot
     latent = encode(counted, x, nodes=nodes)
     again = decode(counted, latent, nodes=nodes)
     error = (again.double() - x.double()).flatten(1).square().mean(1).sqrt()

@@ -7,13 +7,13 @@ import time
 import torch
 from torch import Tensor
 
-from likelihood.budget import suited
 from likelihood.checked import check_batch, check_finite
-from likelihood.divergence import Divergence
+from likelihood.divergence import Divergence, suited
 from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid, Path, Solver
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow
+from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level
 
 
@@ -66,6 +66,14 @@ def log_likelihood(
     with torch.set_grad_enabled(differentiable):
         path = solver.solve(flow, x, divergence, generator, differentiable=differentiable)
         result = _result(flow, x, path, began)
+    if path.failure is not None:
+        lost = ~torch.isfinite(result.log_prob)
+        error = SamplingError(
+            f"{path.failure} {int(lost.sum())} of {len(x)} samples are lost, the first is number "
+            f"{int(lost.nonzero()[0])}; `partial` of this error has the others."
+        )
+        error.partial = result
+        raise error
     check_finite(
         "log_likelihood",
         result.log_prob,
@@ -84,9 +92,8 @@ def _result(flow: ProbabilityFlow, x: Tensor, path: Path, began: float) -> LogLi
     latent = scale * path.z
     log_prior = flow.prior_log_prob(latent)
     log_prob = log_prior + x[0].numel() * torch.log(end.alpha / start.alpha) + path.volume
-    difference = (
-        log_prior.detach() - flow.prior_log_prob(scale * path.z_other) + path.volume_difference
-    )
+    prior_difference = log_prior.detach() - flow.prior_log_prob(scale * path.z_other)
+    difference = torch.hypot(prior_difference, path.volume_difference)
     return LogLikelihood(
         log_prob=log_prob.to(x.dtype),
         standard_error=path.spread.variance.sqrt().to(x.dtype),
@@ -94,7 +101,7 @@ def _result(flow: ProbabilityFlow, x: Tensor, path: Path, began: float) -> LogLi
         latent=latent.to(x.dtype),
         nfe=path.nfe,
         passes=path.passes,
-        solver_error=(difference.abs() / (2 ** (path.order - 1) - 1)).to(x.dtype),
+        solver_error=(difference / path.shrink).to(x.dtype),
         truncation=_truncation(x.detach().double(), start, *path.first).to(x.dtype),
         prior_mismatch=_prior_mismatch(flow, latent.detach(), x, end, *path.last).to(x.dtype),
         clock=path.clock,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from likelihood.basis import Basis
 from likelihood.divergence import Divergence, Probes
+from likelihood.memory import in_halves
 from sde_lib.adams import Adams, quadrature_weights
+from sde_lib.noise import PerSample
 from sde_lib.reverse import ProbabilityFlow
 
 SAMPLES, NODES, SEED = 16, 33, 0
-RESOLVED = 0.5  # dimensions: with fewer than these still open, or open yet, little happens
+RESOLVED = 0.5  # dimensions that must have opened at the fine end,
+OPEN = 0.2  # and be open still at the other: two modes alone keep half of one open, on average
 THINNING = 0.3  # nodes get sparse like exp(-0.3 |u - edge|) outside the range of the data
 FLOOR = 0.02
 
@@ -49,51 +53,41 @@ class Pilot:
         """Draw a few samples of the model, roughly, and watch the trace along their paths.
 
         Depends on the flow and on shape, dtype and device of ``like`` alone: not on its values,
-        so that no sample sees the others. Remembered by the flow.
+        so that no sample sees the others. Remembered by the flow, and the same for any number of
+        probes; in halves where memory runs out.
         """
         shape = tuple(like.shape[1:])
-        key = ("pilot", flow.t_start, shape, like.dtype, str(like.device), divergence, samples)
+        two = divergence.with_probes(2)  # for the spread
+        key = ("pilot", flow.t_start, shape, like.dtype, str(like.device), two, samples)
         if key not in flow.memory:
-            flow.memory[key] = cls._of(flow, like, divergence, samples)
-        return flow.memory[key]
+            flow.memory[key] = cls._of(flow, like, two, samples)
+        found, basis = flow.memory[key]
+        return replace(found, divergence=divergence.in_basis(basis))
 
     @classmethod
     def _of(
         cls, flow: ProbabilityFlow, like: Tensor, divergence: Divergence, samples: int
-    ) -> Pilot:
-        shape, generator = tuple(like.shape[1:]), torch.Generator().manual_seed(SEED)
-        x = flow.sde.prior_sample((samples, *shape), generator=generator, dtype=torch.float64)
+    ) -> tuple[Pilot, Basis]:
+        shape = tuple(like.shape[1:])
         start, end = flow.clock_range()
         clock = torch.linspace(end, start, NODES, dtype=torch.float64)
-        levels = flow.level_at(clock.to(like.device)).rows()
-        variants = [divergence.in_basis(basis) for basis in divergence.bases(shape)]
-        template = torch.zeros(samples, *shape, dtype=like.dtype)
-        sources = [variant.probes(template, generator) for variant in variants]
-        seen: list[Tensor] = []
-
-        def rate(i: int, z: Tensor) -> Tensor:
-            level, z = levels[i], z.to(like.dtype)
-            draws = [_two_or_more(source).to(z.device) for source in sources]
-            value, traces = divergence(
-                lambda z: flow.noise_part(z, level), z, torch.cat(draws, dim=0)
-            )
-            seen.append(traces.double().reshape(len(variants), -1, samples))
-            return value.double() - flow.noise_share(level).square() * z
-
-        x = x.to(like.device)
-        Adams(clock, order=2).solve(rate, x / flow.scale(levels[0]))
-        traces = torch.stack(seen, dim=1).flip(1).cpu()  # [variants, M, k, samples]
+        bases = divergence.bases(shape)
+        parts = in_halves(
+            lambda rows: _watched(flow, like, divergence, clock, rows), range(samples)
+        )
+        traces = torch.cat(parts, dim=-1).flip(1).cpu()  # [bases, M, k, samples]
         single = traces.shape[2] == 1  # an exact trace
         variance = torch.zeros(traces.shape[:2]) if single else traces.var(2).nanmean(2)
         best = int(variance.clamp(min=0).sqrt().sum(1).argmin())
-        return cls(
+        found = cls(
             clock=clock.flip(0),
             trace=traces.nanmean((2, 3))[best],  # one bad sample spoils no grid
             variance=variance[best].double(),
-            dims=template[0].numel(),
-            divergence=variants[best],
+            dims=torch.Size(shape).numel(),
+            divergence=divergence,
             nfe=NODES * samples,
         )
+        return found, bases[best]
 
     def nodes(self, count: int) -> Tensor:
         """Where to evaluate, [count] increasing, float64: both ends and as dense as needed."""
@@ -105,10 +99,10 @@ class Pilot:
         return nodes
 
     def scales(self) -> tuple[float, float]:
-        """The range of log rho in which the data have structure: T from 1/2 to D - 1/2."""
+        """The range of log rho in which the data have structure: T from 0.5 to D - 0.2."""
         edges = (
             _crossing(self.clock, self.trace, RESOLVED),
-            -_crossing(-self.clock.flip(0), (self.dims - self.trace).flip(0), RESOLVED),
+            -_crossing(-self.clock.flip(0), (self.dims - self.trace).flip(0), OPEN),
         )
         return min(edges), max(edges)
 
@@ -123,6 +117,30 @@ class Pilot:
         weights = quadrature_weights(nodes, order)
         variance = interpolated(nodes, self.clock, self.variance)
         return float((weights.square() * variance).sum())
+
+
+def _watched(
+    flow: ProbabilityFlow, like: Tensor, divergence: Divergence, clock: Tensor, rows: range
+) -> Tensor:
+    """Estimates of the trace in every basis along the falling ``clock`` [M], for pilot samples
+    ``rows``, [bases, M, k, rows]."""
+    shape, generator = tuple(like.shape[1:]), PerSample([SEED + row for row in rows])
+    x = flow.sde.prior_sample((len(rows), *shape), generator=generator, dtype=torch.float64)
+    levels = flow.level_at(clock.to(like.device)).rows()
+    variants = [divergence.in_basis(basis) for basis in divergence.bases(shape)]
+    template = torch.zeros(len(rows), *shape, dtype=like.dtype)
+    sources = [variant.probes(template, generator) for variant in variants]
+    seen: list[Tensor] = []
+
+    def rate(i: int, z: Tensor) -> Tensor:
+        level, z = levels[i], z.to(like.dtype)
+        draws = [_two_or_more(source).to(z.device) for source in sources]
+        value, traces = divergence(lambda z: flow.noise_part(z, level), z, torch.cat(draws, dim=0))
+        seen.append(traces.double().reshape(len(variants), -1, len(rows)))
+        return value.double() - flow.noise_share(level).square() * z
+
+    Adams(clock, order=2).solve(rate, x.to(like.device) / flow.scale(levels[0]))
+    return torch.stack(seen, dim=1)
 
 
 def interpolated(at: Tensor, points: Tensor, values: Tensor) -> Tensor:

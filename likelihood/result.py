@@ -27,9 +27,9 @@ class LogLikelihood:
         latent: Where each sample ends at t_max, [B, ...].
         nfe: Forward passes of the score function over the batch.
         passes: Backward passes (vector-Jacobian products) over the batch.
-        solver_error: Size of the integration error, nats, [B], from half of the nodes; with
-            probes, what of it stands out from their noise. NaN where nobody looked: with
-            ``halve=False``, and with an adaptive solver, whose tolerance bounds it.
+        solver_error: Size of the integration error, nats, [B], from half of the nodes or ten
+            times the tolerance; on a fixed grid with probes, what of it stands out from their
+            noise. NaN where nobody looked: ``halve=False``, ``compare=False``.
         truncation: About log p at t = 0 minus log p at t_min, nats, [B], to first order in sigma².
         prior_mismatch: About log p minus the log-prior at the latent, nats, [B], to second order
             in alpha/sigma at t_max.
@@ -58,18 +58,25 @@ class LogLikelihood:
 
     @property
     def total_error(self) -> Tensor:
-        """Probe and solver error together, nats, [B]."""
-        solver = self.solver_error.nan_to_num(0.0)
-        return torch.hypot(self.standard_error, solver)
+        """Probe and solver error together, nats, [B]; NaN where one of them is not known."""
+        return torch.hypot(self.standard_error, self.solver_error)
 
-    def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
+    def interval(self, level: float = 0.95, *, solver: bool = True) -> tuple[Tensor, Tensor]:
         """Where log p lies with probability ``level``, the lower and the upper end, [B] each.
 
         Student's t with the degrees of freedom of the standard error, and two sizes of the solver
-        error, which is no random number.
+        error, which is no random number: with the exact trace this is a bound that holds for at
+        least that part of the samples, mostly with room to spare. NaN where nobody looked at one
+        of the two errors.
+
+        Args:
+            level: Of the interval, in (0, 1).
+            solver: Whether the solver error is in it; without it the interval is that of the
+                probes around what infinitely many of them would give on the same nodes.
         """
-        width = student_quantile(level, self.freedom) * self.standard_error
-        half = torch.hypot(width, 2 * self.solver_error.nan_to_num(0.0))
+        half = student_quantile(level, self.freedom) * self.standard_error
+        if solver:
+            half = torch.hypot(half, 2 * self.solver_error)
         return self.log_prob - half, self.log_prob + half
 
     def information(self) -> Tensor:

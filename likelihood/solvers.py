@@ -17,7 +17,10 @@ from sde_lib.adams import Adams, quadrature_weights
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow
 from sde_lib.samplers.adaptive import check_solver, integrate
+from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level
+
+MOST = 100_000  # nodes
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,15 @@ class Path:
         z: State at t_max, [B, ...] float64.
         volume: Integral of the trace, [B] float64.
         spread: Variance of ``volume`` from the probes, [B], and its degrees of freedom.
-        z_other: State at t_max by half of the nodes.
-        volume_difference: ``volume`` minus that by half of the nodes, [B]; NaN if unknown.
-        order: Of the rule, by which the difference shrinks when the nodes are doubled.
+        z_other: State at t_max by a coarser solve.
+        volume_difference: How far ``volume`` is from that of the coarser one, [B]; NaN if unknown.
+        shrink: How many times larger the error of the coarser one is taken to be, less one.
         first, last: Noise estimate [B, ...] and trace [B] at t_min and at t_max.
         clock, trace: At the nodes, [N] and [N, B].
         nfe: Forward passes.
         passes: Backward passes.
-        pilot_nfe: Those of the pilot.
+        pilot_nfe: Forward passes of the pilot, of one sample each.
+        failure: What became of the samples whose values are NaN, if there are any.
     """
 
     z: Tensor
@@ -43,7 +47,7 @@ class Path:
     spread: Spread
     z_other: Tensor
     volume_difference: Tensor
-    order: int
+    shrink: float
     first: tuple[Tensor, Tensor]
     last: tuple[Tensor, Tensor]
     clock: Tensor
@@ -51,6 +55,7 @@ class Path:
     nfe: int
     passes: int
     pilot_nfe: int
+    failure: str | None = None
 
 
 class Solver(ABC):
@@ -87,9 +92,10 @@ class FixedGrid(Solver):
     (:class:`likelihood.pilot.Pilot`). The state is float64, the network runs in the dtype of x.
 
     Args:
-        nodes: N, at least 8.
+        nodes: N, from 8 to 100,000.
         order: Of the predictor-corrector; 3 below 24 nodes, else 4, if not given. The trace is
-            integrated one order higher.
+            integrated one order higher. From 5 on it takes eight nodes an order: with fewer the
+            half grid has no order at all, and says nothing of the error.
         fresh: Whether probes are drawn anew at every node, or once for the whole path.
         halve: Whether to solve again with every other node, which measures the solver error of
             each sample for half as many forward passes more.
@@ -104,8 +110,18 @@ class FixedGrid(Solver):
         object.__setattr__(
             self, "nodes", validation.count("FixedGrid", "nodes", self.nodes, at_least=8)
         )
+        if self.nodes > MOST:
+            raise ValueError(
+                f"FixedGrid takes at most {MOST} nodes; got nodes={self.nodes}. The trace of "
+                "every node is kept, and some hundreds leave rounding as the only error."
+            )
         if self.order is not None:
             Adams(torch.arange(2.0), self.order)
+            if self.order > 4 and self.nodes < 8 * self.order:
+                raise ValueError(
+                    f"FixedGrid needs nodes >= {8 * self.order} for order {self.order}; got "
+                    f"nodes={self.nodes}. Leave order out: it is chosen by the nodes."
+                )
         validation.flag("FixedGrid", "fresh", self.fresh)
         validation.flag("FixedGrid", "halve", self.halve)
 
@@ -146,7 +162,7 @@ class FixedGrid(Solver):
             spread=self._spread(divergence, weights, traces.detach(), clock),
             z_other=z.detach(),
             volume_difference=torch.full_like(z.detach().flatten(1)[:, 0], math.nan),
-            order=self.chosen_order,
+            shrink=2.0 ** (self.chosen_order - 1) - 1,
             first=(noise[0], traces[0].mean(0).detach()),
             last=(noise[1], traces[-1].mean(0).detach()),
             clock=clock,
@@ -168,37 +184,32 @@ class FixedGrid(Solver):
     ) -> Path:
         """``path`` with what every other node alone would have given, for the error.
 
-        The state is solved again; so is an exact trace. Estimated traces are taken from the fine
-        path, and the part of the difference that is their noise is taken off again.
+        The state is solved again; so is an exact trace, whose differences are added up by size:
+        with their signs they may cancel by chance. Estimated traces are taken from the fine path,
+        and the part of the difference that is their noise is taken off again.
         """
         some = sorted({*range(0, len(path.clock), 2), len(path.clock) - 1})
         clock = path.clock[some]
         coarse = replace(self, nodes=max(8, len(some)), order=self.chosen_order)
-        random = divergence.random
-        z, _, again = coarse._walk(
-            flow,
-            x,
-            clock,
-            None if random else divergence,
-            divergence.probes(x),
-            differentiable=False,
-        )
+        again = None if divergence.random else divergence
+        draw = _nothing if divergence.random else divergence.probes(x)
+        z, _, seen = coarse._walk(flow, x, clock, again, draw, differentiable=False)
         weights = torch.zeros_like(path.trace[:, :1])
         weights[some] = coarse._weights(clock, x)
         fine = self._weights(path.clock, x)
-        if random:
-            difference = ((fine - weights) * path.trace).sum(0)
+        quadrature = ((fine - weights) * path.trace).sum(0)
+        if divergence.random:
             noise = self._spread(divergence, fine - weights, traces, path.clock).variance
-            size = (difference.square() - noise.nan_to_num(0.0)).clamp(min=0).sqrt()
-            difference = size * difference.sign()
+            size = (quadrature.square() - noise.nan_to_num(0.0)).clamp(min=0).sqrt()
         else:
-            difference = path.volume.detach() - (weights[some] * again.mean(1)).sum(0)
+            along = weights[some] * (path.trace[some] - seen.mean(1))
+            size = torch.hypot(quadrature, along.abs().sum(0))
         return replace(
             path,
             z_other=z,
-            volume_difference=difference,
+            volume_difference=size,
             nfe=path.nfe + len(some),
-            passes=path.passes + (0 if random else len(some) * divergence.passes(x)),
+            passes=path.passes + (0 if divergence.random else len(some) * divergence.passes(x)),
         )
 
     def _walk(
@@ -255,6 +266,10 @@ def _always(probes: Tensor) -> Callable[[], Tensor]:
     return lambda: probes
 
 
+def _nothing() -> Tensor:
+    return torch.empty(0)
+
+
 @dataclass(frozen=True)
 class Adaptive(Solver):
     """An adaptive Runge-Kutta method of torchdiffeq, with one set of probes kept along the path.
@@ -271,6 +286,8 @@ class Adaptive(Solver):
         log_prob_tol: Absolute tolerance on log p, nats per dimension; ``atol`` if not given.
         method: dopri5, dopri8, bosh3, fehlberg2 or adaptive_heun.
         max_evaluations: Evaluations after which to give up.
+        compare: Whether to solve again with ten times the tolerances; how far the two are apart is
+            the solver error of each sample.
     """
 
     rtol: float = 1e-5
@@ -278,11 +295,13 @@ class Adaptive(Solver):
     log_prob_tol: float | None = None
     method: str = "dopri5"
     max_evaluations: int = 10_000
+    compare: bool = True
 
     def __post_init__(self) -> None:
         check_solver("Adaptive", self.rtol, self.atol, self.method)
         if self.log_prob_tol is not None:
             validation.real("Adaptive", "log_prob_tol", self.log_prob_tol, above=0, below=1)
+        validation.flag("Adaptive", "compare", self.compare)
         object.__setattr__(
             self,
             "max_evaluations",
@@ -294,8 +313,8 @@ class Adaptive(Solver):
         check_solver("Adaptive", self.rtol, self.atol, self.method, x.dtype)
 
     def quick(self) -> Adaptive:
-        """Tolerances of a thousandth or looser."""
-        return replace(self, rtol=max(1e-3, self.rtol), atol=max(1e-3, self.atol))
+        """Tolerances of a thousandth or looser, and no second look."""
+        return replace(self, rtol=max(1e-3, self.rtol), atol=max(1e-3, self.atol), compare=False)
 
     def solve(
         self,
@@ -312,6 +331,42 @@ class Adaptive(Solver):
                 "log p has no useful derivative; use solver=FixedGrid() to differentiate."
             )
         probes = divergence.probes(x, generator)()
+        path = self._solved(flow, x, divergence, probes)
+        if not self.compare:
+            return path
+        tolerances = {"rtol": self.rtol, "atol": self.atol, "log_prob_tol": self.log_prob_tol}
+        looser = {name: min(10 * tol, 0.5) for name, tol in tolerances.items() if tol is not None}
+        other = replace(self, **looser)._solved(flow, x, divergence, probes)
+        return replace(
+            path,
+            z_other=other.z,
+            volume_difference=(path.volume - other.volume).abs(),
+            nfe=path.nfe + other.nfe,
+            passes=path.passes + other.passes,
+        )
+
+    def _solved(
+        self, flow: ProbabilityFlow, x: Tensor, divergence: Divergence, probes: Tensor
+    ) -> Path:
+        """The path of ``x``; where a step fails, of one half and of the other, so that a sample
+        that cannot be finished costs its batch mates nothing but time."""
+        try:
+            return self._together(flow, x, divergence, probes)
+        except SamplingError as error:
+            stuck = error.__cause__ is not None  # else the evaluations are used up
+            if len(x) == 1 or not stuck:
+                return _nothing_found(x, str(error))
+        half = len(x) // 2
+        return _joined(
+            [
+                self._solved(flow, x[:half], divergence, probes[:, :half]),
+                self._solved(flow, x[half:], divergence, probes[:, half:]),
+            ]
+        )
+
+    def _together(
+        self, flow: ProbabilityFlow, x: Tensor, divergence: Divergence, probes: Tensor
+    ) -> Path:
         dims = x[0].numel()
         clock = torch.tensor(flow.clock_range(), dtype=torch.float64, device=x.device)
         ends = flow.level_at(clock).rows()
@@ -356,7 +411,7 @@ class Adaptive(Solver):
             spread=divergence.kept_variance(volumes),
             z_other=states[-1],
             volume_difference=torch.full_like(volumes[0], math.nan),
-            order=1,
+            shrink=1.0,
             first=first,
             last=last,
             clock=clock[:0].cpu(),
@@ -365,6 +420,52 @@ class Adaptive(Solver):
             passes=nfe * divergence.passes(x),
             pilot_nfe=0,
         )
+
+
+def _nothing_found(x: Tensor, failure: str) -> Path:
+    """NaN for every sample, and why."""
+    z = torch.full_like(x, math.nan, dtype=torch.float64)
+    row = z.flatten(1)[:, 0]
+    none = torch.empty(0, dtype=torch.float64)
+    return Path(
+        z=z,
+        volume=row,
+        spread=Spread(row, row),
+        z_other=z,
+        volume_difference=row,
+        shrink=1.0,
+        first=(z, row),
+        last=(z, row),
+        clock=none,
+        trace=row[None][:0],
+        nfe=0,
+        passes=0,
+        pilot_nfe=0,
+        failure=failure,
+    )
+
+
+def _joined(paths: list[Path]) -> Path:
+    """One path of the samples of all, by an adaptive solver."""
+
+    def rows(pick: Callable[[Path], Tensor]) -> Tensor:
+        return torch.cat([pick(path) for path in paths])
+
+    failures = [path.failure for path in paths if path.failure is not None]
+    return replace(
+        paths[0],
+        z=rows(lambda p: p.z),
+        volume=rows(lambda p: p.volume),
+        spread=Spread(rows(lambda p: p.spread.variance), rows(lambda p: p.spread.freedom)),
+        z_other=rows(lambda p: p.z_other),
+        volume_difference=rows(lambda p: p.volume_difference),
+        first=(rows(lambda p: p.first[0]), rows(lambda p: p.first[1])),
+        last=(rows(lambda p: p.last[0]), rows(lambda p: p.last[1])),
+        trace=rows(lambda p: p.trace.T).T,
+        nfe=sum(path.nfe for path in paths),
+        passes=sum(path.passes for path in paths),
+        failure=failures[0] if failures else None,
+    )
 
 
 def _worst_sample(error: tuple[Tensor, Tensor]) -> Tensor:

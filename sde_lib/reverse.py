@@ -64,14 +64,20 @@ class ProbabilityFlow:
         score: Score function (x, t) -> score.
         log_prior: Log-density [B] at t_max, if it is known better than the process's own prior.
         t_start: Time at the data's end of the flow; t_min of the process if not given.
-        memory: What a likelihood has found out about this flow and need not find out again.
+
+    Attributes:
+        memory: What a likelihood has found out about this flow and need not find out again. A
+            flow made by ``dataclasses.replace`` starts without it. It is not looked at whether
+            weights behind the score have changed since: make a new flow then.
     """
 
     sde: SDE
     score: Score
     log_prior: Callable[[Tensor], Tensor] | None = None
     t_start: float | None = None
-    memory: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+    memory: dict[Hashable, Any] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Velocity dx/dt at ``x`` [B, ...] and ``t`` [] or [B]."""

@@ -64,6 +64,7 @@ def dequantizer(
         one_sample_bound(probability_flow(model.sde, model.score)),
         data.train.to(device),
         steps=steps,
+        batch_size=min(128, settings.batch_size),
         generator=stream(seed, "dequantizer", 1),
     )
     tenth = max(1, steps // 10)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from experiment.data import Dataset
-from experiment.evaluation import UNITS, Evaluation
+from experiment.evaluation import Evaluation
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams, stream
-from experiment.settings import Likelihood, per_nat
+from experiment.settings import UNITS, Likelihood, per_nat, units_of
 from experiment.shards import gathered, halving, share
 from likelihood import (
     BinDecoder,
     DensityDecoder,
+    Dequantization,
+    TruncatedNormalDequantization,
     calibrate_variance,
     continuous_bound,
     discrete_bounds,
@@ -68,12 +70,20 @@ class Estimates:
 
 @torch.no_grad()
 def estimate(
-    model: ScoreModel, data: Dataset, settings: Likelihood, ode: Evaluation, *, seed: int
+    model: ScoreModel,
+    data: Dataset,
+    settings: Likelihood,
+    ode: Evaluation,
+    *,
+    seed: int,
+    dequantization: Dequantization | None = None,
 ) -> Estimates:
     """ELBO and T-step bounds of the samples that ``ode`` is of.
 
-    K-level data are dequantized uniformly for the ELBO, which has a Gaussian decoder; the T-step
-    bounds end with the mass of the bin.
+    K-level data are dequantized for the ELBO as for the ODE, and it ends with a density; the
+    T-step bounds end with the mass of the bin. A model that was trained on the centres of the bins
+    has no density between them: there both score the centres, from noise of half a bin on, and end
+    with the mass of the bin.
 
     Args:
         model: In evaluation mode.
@@ -81,26 +91,39 @@ def estimate(
         settings: ``bounds`` is T.
         ode: The likelihood by the probability flow.
         seed: Of all randomness.
+        dequantization: That of ``ode``, where it had to be made.
     """
     device, steps = next(model.parameters()).device, settings.bounds
     flow = probability_flow(model.sde, model.score)
-    train = data.units.encode(data.train[:CALIBRATION], stream(seed, "calibrate", 0)).to(device)
+    units = units_of(data, settings, dequantization)
+    centres = isinstance(units, TruncatedNormalDequantization)
+    encode = units.encode if centres else data.units.encode  # as in training
+    train = encode(data.train[:CALIBRATION], stream(seed, "calibrate", 0)).to(device)
     times = _levels(flow, data, steps)
-    analytic = calibrate_variance(flow, train, times=times, generator=stream(seed, "calibrate", 1))
+    analytic = calibrate_variance(
+        flow,
+        train,
+        times=times,
+        generator=stream(seed, "calibrate", 1),
+        batch_size=settings.batch_size,
+    )
     decoder = DensityDecoder() if data.levels is None else BinDecoder(data.units)
+    if centres:
+        flow = replace(flow, t_start=float(times[0]))
+    last = decoder if centres else DensityDecoder()
     variances = {"posterior": "posterior", "forward": "forward", "analytic": analytic}
 
     def solve(rows: range) -> dict[str, Tensor]:
         def streams(purpose: str) -> Any:  # noqa: ANN401
             return sample_streams(seed, purpose, rows, device)
 
-        drawn = data.units.draw(
-            data.test[rows.start : rows.stop].to(device), streams("bounds"), sde=model.sde
-        )
-        elbo = continuous_bound(flow, drawn.x, generator=streams("elbo"))
-        found = {"ELBO": drawn.bound(elbo.log_prob)}
+        values = data.test[rows.start : rows.stop].to(device)
+        drawn = None if centres else units.draw(values, streams("bounds"), sde=model.sde)
+        x = encode(values) if drawn is None else drawn.x
+        elbo = continuous_bound(flow, x, decoder=last, generator=streams("elbo")).log_prob
+        found = {"ELBO": elbo if drawn is None else drawn.bound(elbo)}
         bounds = discrete_bounds(
-            flow, drawn.x, variances, times=times, decoder=decoder, generator=streams("vlb")
+            flow, x, variances, times=times, decoder=decoder, generator=streams("vlb")
         )
         for name, result in bounds.items():
             nats = result.log_prob if data.levels else drawn.bound(result.log_prob)
@@ -161,5 +184,6 @@ def show_estimates(estimates: Estimates) -> None:
     say(f"three estimates of one likelihood ({UNITS[estimates.metric]}, T = {estimates.steps}):")
     for name, (value, error) in estimates.values.items():
         say(f"    {name:<24} {value:.4f} ± {error:.4f}")
+    say("their differences in log p, the VLB with the posterior variance:")
     for line in estimates.order.splitlines():
         say(f"    {line}")

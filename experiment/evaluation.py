@@ -14,17 +14,24 @@ from torch import Tensor
 from experiment.data import Dataset
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams
-from experiment.settings import Likelihood, chosen, per_nat, units_of
+from experiment.settings import UNITS, Likelihood, chosen, per_nat, units_of
 from experiment.shards import gathered, halving, rank, share
-from likelihood import Dequantization, LogLikelihood, importance_weighted, log_likelihood
+from likelihood import (
+    Dequantization,
+    FixedGrid,
+    LogLikelihood,
+    Pilot,
+    importance_weighted,
+    log_likelihood,
+)
 from likelihood.dequantize import Drawn
 from likelihood.importance import noise_bias
 from score_models import ScoreModel
 from sde_lib import PerSample, probability_flow
 from sde_lib.samplers import SamplingError
 
+LARGE = 0.7  # nats of probe noise, whose square halved is what an importance weight is lifted by
 LONG = 600.0  # seconds that an evaluation may take before it says so
-UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ class Evaluation:
         effective_draws: Mean effective number of draws where they are weighed by importance.
         solver_error: Mean over samples of the size of the integration error, NaN with an adaptive
             solver; it does not average out.
-        truncation: Mean change that going on from t_min to t = 0 would make, to first order.
+        truncation: Mean change that going on from t_min to t = 0 would make, to first order; NaN
+            where the dequantization itself starts later, and nothing is left out.
         prior_mismatch: Mean change that the score's own density at t_max would make in place of
             the prior.
         errors: Per sample [N]: probe_error, dequantization_error, effective_draws, solver_error,
@@ -129,17 +137,19 @@ def evaluate(
             which has to be fitted first, must be.
 
     Raises:
+        ValueError: For settings that are not for such data, see :meth:`Likelihood.check`.
         SamplingError: If samples are not finite; all others are done first, and its ``partial`` is
             their values, NaN for those that failed.
     """
     began = time.monotonic()
+    settings.check(data)
     device = next(model.parameters()).device
     flow = probability_flow(model.sde, model.score)
     test = data.test[: settings.max_samples]
     draws = settings.draws if data.levels is not None else 1
     units = units_of(data, settings, dequantization)
     flow = replace(flow, t_start=units.start_time(model.sde))
-    solver, divergence = chosen(flow, data, settings, device)
+    solver, divergence, planned = chosen(flow, data, settings, device)
 
     def solve_batch(x: Tensor, streams: PerSample) -> LogLikelihood:
         return log_likelihood(flow, x, solver=solver, divergence=divergence, generator=streams)
@@ -156,6 +166,8 @@ def evaluate(
         if result is None:
             return _lost(len(rows), failure)
         row = _row(result, drawn, data, draws, settings.importance)
+        if flow.t_start is not None:
+            row["truncation"] = torch.full_like(row["truncation"], math.nan)
         return row | {"failure": failure}
 
     own = share(len(test))
@@ -166,10 +178,14 @@ def evaluate(
         if start == own.start and rank() == 0:
             _foretell(description, (time.monotonic() - began) * (len(starts) - 1), len(test))
     rows = gathered(parts)
+    if isinstance(solver, FixedGrid):  # in the basis that the pilot chose
+        like = torch.empty(1, *data.shape, device=device)
+        divergence = Pilot.of(flow, like, divergence).divergence
     how = f"{solver}, {divergence}; {units if data.levels else 'continuous'}, {draws} draw(s)"
     how += ", weighed by importance" if settings.importance else ""
     seconds = time.monotonic() - began
     result = _summary(rows, data.units.metric, how, seconds, settings.importance)
+    result = replace(result, pilot_nfe=result.pilot_nfe + planned)
     failed = [row["failure"] for row in rows if row["failure"] is not None]
     if failed:
         error = SamplingError(failed[0])
@@ -201,17 +217,21 @@ def _row(
         return values.cpu().double().reshape(-1, draws)
 
     nats = by_sample(drawn.bound(result.log_prob.double()))
+    nats = nats.masked_fill(~torch.isfinite(nats), math.nan)
     probes = by_sample(result.standard_error)
     spread = nats.std(1) if draws > 1 else torch.full((len(nats),), math.nan).double()
     value, spread = nats.mean(1), spread / draws**0.5
     share = torch.full((len(nats), draws), 1 / draws, dtype=torch.float64)
     effective = torch.full((len(nats),), float(draws), dtype=torch.float64)
     if importance:
-        weighted = importance_weighted(nats.T)
-        # noise in the exponent lifts the mean of exponentials: what the probes add is taken off
-        value = weighted.log_prob - noise_bias(probes.T, nats.T)
-        spread, effective = weighted.standard_error, weighted.effective_sample_size
-        share = nats.softmax(1)
+        good = (nats + probes).isfinite().all(1)
+        value[~good] = math.nan
+        if bool(good.any()):
+            weighted = importance_weighted(nats[good].T)
+            # noise in the exponent lifts the mean of exponentials: what the probes add is off
+            value[good] = weighted.log_prob - noise_bias(probes[good].T, nats[good].T)
+            spread[good], effective[good] = weighted.standard_error, weighted.effective_sample_size
+            share = nats.softmax(1)
     return {
         "per_sample": -value * unit,
         "probe_error": (share * probes).square().sum(1).sqrt() * unit,
@@ -303,11 +323,20 @@ def show(result: Evaluation, data: Dataset, what: str) -> None:
         "solver": result.solver_error,
     }
     known = [f"{name} {value:.2g}" for name, value in parts.items() if math.isfinite(value)]
-    if known:
+    others = {
+        "t_min to 0 would change it by": result.truncation,
+        "the score's own density at t_max by": result.prior_mismatch,
+    }
+    left = [f"{name} {value:+.2g}" for name, value in others.items() if math.isfinite(value)]
+    if known or left:
+        say(f"    of its error: {', '.join(known) or 'unknown'}; {', '.join(left)}")
+    if math.isfinite(result.effective_draws):
+        say(f"    of the draws {result.effective_draws:.2f} have the weight")
+    noise = result.errors.get("probe_error", torch.zeros(1)).median() / per_nat(data)
+    if math.isfinite(result.effective_draws) and float(noise) > LARGE:
         say(
-            f"    of its error: {', '.join(known)}; t_min to 0 would change it by "
-            f"{result.truncation:+.2g}, the score's own density at t_max by "
-            f"{result.prior_mismatch:+.2g}"
+            f"    warning: probes of {float(noise):.2g} nats a sample are too noisy for "
+            "importance weights: no bound; take likelihood=exact, or likelihood.budget"
         )
     if data.entropy is not None:
         say(

@@ -13,7 +13,7 @@ import numpy as np
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.evaluation import Evaluation
-from experiment.settings import Likelihood
+from experiment.settings import Likelihood, units_of
 from score_models import ScoreModel
 
 
@@ -40,6 +40,14 @@ def _dequantized(data: Dataset, settings: Likelihood) -> str:
         return "none (continuous data)"
     weighed = ", weighed by importance" if settings.importance else ""
     return f"{settings.dequantization.replace('_', ' ')}, {settings.draws} draw(s){weighed}"
+
+
+def _where(model: ScoreModel, data: Dataset, settings: Likelihood) -> str:
+    """The time at which the density is that of the number."""
+    if data.levels is None or settings.dequantization != "truncated_normal":
+        return f"t_min = {model.sde.t_min:g}"
+    start = units_of(data, settings, None).start_time(model.sde)
+    return f"t = {start:.4g}, where the noise fills the bins"
 
 
 class HasRow(Protocol):
@@ -77,7 +85,7 @@ def append_evaluation(
         "checkpoint": checkpoint,
         "dequantization": _dequantized(data, settings),
         "settings": str(settings),
-        "note": f"probability-flow ODE; density at t_min = {model.sde.t_min:g}",
+        "note": f"probability-flow ODE; density at {_where(model, data, settings)}",
     }
     write_atomically(path, json.dumps([*_rows(path), row], indent=1).encode())
 

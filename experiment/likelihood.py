@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from experiment.checkpoint import load_checkpoint, stored_config
 from experiment.data import Dataset
 from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
@@ -18,7 +19,7 @@ from experiment.record import Record
 from experiment.report import write_report
 from experiment.run import Run
 from experiment.settings import Likelihood
-from experiment.shards import rank
+from experiment.shards import first_alone, rank
 from experiment.trackers import NoTracker, Safe
 from sde_lib.samplers import SamplingError
 
@@ -36,15 +37,21 @@ def likelihood(run: Run) -> None:
     data: Dataset = run.build("data")
     tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
+    stored = stored_config(path, load_checkpoint(path)).get("training", {})
+    settings.check(data, on_centres=not stored.get("dequantize", True))
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         try:
-            made = dequantizer(settings, data, model, run.path, label, seed=run.seed)
+            made = first_alone(
+                lambda: dequantizer(settings, data, model, run.path, label, seed=run.seed)
+            )
             result = evaluate(model, data, settings, seed=run.seed, dequantization=made)
             bounds = (
-                estimate(model, data, settings, result, seed=run.seed) if settings.bounds else None
+                estimate(model, data, settings, result, seed=run.seed, dequantization=made)
+                if settings.bounds
+                else None
             )
         except SamplingError as error:
             raise _kept(error, run.path, label) from error
@@ -66,7 +73,7 @@ def likelihood(run: Run) -> None:
 def _kept(error: SamplingError, folder: Path, label: str) -> RunError:
     """The error, once what was found of the other samples is on disk."""
     partial = getattr(error, "partial", None)
-    if partial is None:
+    if partial is None or rank() > 0:
         return RunError(str(error))
     path = folder / f"likelihood-{label}-partial.npz"
     np.savez(path, per_sample=partial.numpy())

@@ -18,11 +18,11 @@ from experiment.canvas import write_picture
 from experiment.ledger import is_own
 from experiment.page import page
 from experiment.record import ITERATION, Record
+from experiment.settings import UNITS
 
 log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
-UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
 FINEST = {
     "bits_per_dim": "Below the width of a bin every e-fold costs the same, for noise that the "
     "dequantization added and gives back.",

@@ -27,6 +27,7 @@ from likelihood import (
 )
 from sde_lib import ProbabilityFlow, validation
 
+UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
 DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
 
 
@@ -40,8 +41,9 @@ class Likelihood:
         divergence: Exact or Hutchinson; chosen by the number of dimensions if not given.
         basis: Where probes are drawn: auto (pixels or cosines, by a pilot), pixel, cosine, or
             principal (axes of the training data).
-        budget: Wanted standard error of one sample by its probes, in the metric's unit; nodes and
-            probes are then chosen, and those of ``solver`` and ``divergence`` are not used.
+        budget: Wanted error of one sample, probes and solver together, in the unit of the metric
+            (bits/dim of K-level data, nats of others); nodes and probes are then chosen, and those
+            of ``solver`` and ``divergence`` are not used.
         batch_size: Samples solved together; halved where memory runs out.
         draws: Dequantizations of each sample that are averaged; continuous data need one.
         dequantization: uniform, truncated_normal (for a model trained on bin centres, see
@@ -84,6 +86,48 @@ class Likelihood:
             count = validation.count("likelihood", "max_samples", self.max_samples, at_least=2)
             object.__setattr__(self, "max_samples", count)
 
+    def check(self, data: Dataset, *, on_centres: bool | None = None) -> None:
+        """Refuse what would be ignored, or be wrong, for this ``data`` and model.
+
+        Args:
+            data: What is to be scored.
+            on_centres: Whether the model was trained on the centres of the bins; None if that is
+                not known.
+
+        Raises:
+            ValueError: Naming the setting.
+        """
+        asked = {
+            "draws": (self.draws, 1),
+            "importance": (self.importance, False),
+            "dequantization": (self.dequantization, "uniform"),
+        }
+        for name, (value, usual) in asked.items():
+            if data.levels is None and value != usual:
+                raise ValueError(
+                    f"likelihood.{name}={str(value).lower()} is about data of K levels; "
+                    f"{data.name} is continuous and needs no dequantization. Leave it out."
+                )
+        if self.dequantization == "truncated_normal" and on_centres is False:
+            raise ValueError(
+                "likelihood.dequantization=truncated_normal is for a model that was trained on "
+                "the centres of the bins; this one was trained on points spread over them, which "
+                "costs 0.56 bits/dim. Train with training.dequantize=false, or take uniform."
+            )
+        divergence = self.divergence or suited(data.shape)
+        like = torch.empty(1, *data.shape)
+        unknown = divergence.random and divergence.passes(like) == 1 and self._keeps_probes
+        if self.importance and unknown and self.budget is None:
+            raise ValueError(
+                "likelihood.importance=true needs to know the noise of the probes, which one kept "
+                "along the path cannot tell. Take likelihood.divergence.num_probes=2."
+            )
+
+    @property
+    def _keeps_probes(self) -> bool:
+        solver = self.solver or FixedGrid()
+        return not (isinstance(solver, FixedGrid) and solver.fresh)
+
     def quick(self, most: int) -> Likelihood:
         """The same on at most ``most`` samples and no finer than a curve needs."""
         return replace(
@@ -99,10 +143,9 @@ class Likelihood:
 
     def __str__(self) -> str:
         divergence = self.divergence or "exact up to 16 dimensions, else Hutchinson"
-        wanted = (
-            "" if self.budget is None else f", planned for a standard error of {self.budget:g}"
-        )
-        return f"{self.solver or FixedGrid()}, {divergence}, basis {self.basis}{wanted}"
+        if self.budget is not None:
+            return f"planned for a standard error of {self.budget:g} a sample, basis {self.basis}"
+        return f"{self.solver or FixedGrid()}, {divergence}, basis {self.basis}"
 
 
 BASES: dict[str, Callable[[tuple[int, ...], Callable[[], Tensor]], Basis | None]] = {
@@ -115,8 +158,9 @@ BASES: dict[str, Callable[[tuple[int, ...], Callable[[], Tensor]], Basis | None]
 
 def chosen(
     flow: ProbabilityFlow, data: Dataset, settings: Likelihood, device: torch.device
-) -> tuple[Solver, Divergence]:
-    """Solver and divergence, those of the budget if there is one."""
+) -> tuple[Solver, Divergence, int]:
+    """Solver and divergence, those of the budget if there is one, and the forward passes of one
+    sample that planning them took."""
     like = torch.empty(1, *data.shape, device=device)
     solver = settings.solver or FixedGrid()
     divergence = settings.divergence or suited(data.shape)
@@ -128,10 +172,24 @@ def chosen(
     if basis is not None:
         divergence = divergence.in_basis(basis)
     if settings.budget is None:
-        return solver, divergence
-    found = plan(flow, like, settings.budget / per_nat(data), divergence=divergence)
-    say(f"for a standard error of {settings.budget:g} a sample: {found[0]}, {found[1]}")
-    return found
+        return solver, divergence, 0
+    passes = 0
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal passes
+        passes += len(x)
+        return flow.score(x, t)
+
+    planned = replace(flow, score=counted)
+    nats = settings.budget / per_nat(data)
+    wanted = f"{settings.budget:g} {UNITS[data.units.metric]} ({nats:.3g} nats) a sample"
+    try:
+        found = plan(planned, like, nats, divergence=divergence)
+    except ValueError as error:
+        raise ValueError(f"likelihood.budget, {wanted}: {error}") from error
+    flow.memory.update(planned.memory)
+    say(f"for a standard error of {wanted}: {found[0]}, {found[1]}")
+    return *found, passes
 
 
 def units_of(

@@ -63,6 +63,22 @@ def gathered(parts: list[Part]) -> list[Part]:
     return [part for one in everyone for part in one]
 
 
+def first_alone(make: Callable[[], Part]) -> Part:
+    """``make`` in the first process, then in the others, which find what it has left on disk."""
+    if world_size() == 1:
+        return make()
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    if rank() == 0:
+        made = make()
+        dist.barrier()
+        return made
+    dist.barrier()
+    return make()
+
+
 def halving(solve: Callable[[range], Part], rows: range) -> list[Part]:
     """``solve`` over ``rows``, in halves of halves as far as memory asks for it, and says so.
 

@@ -22,6 +22,7 @@ from experiment.checkpoint import (
 from experiment.data import Dataset
 from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
+from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Evaluation, evaluate, show
 from experiment.ledger import append_evaluation, evaluated
 from experiment.progress import say
@@ -59,6 +60,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     likelihood: Likelihood = run.build("likelihood")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
+    likelihood.check(data, on_centres=not settings.dequantize)
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
     objective = run.build("objective")
@@ -228,8 +230,16 @@ class _Trainer:
             settings, self.data, state.ema, run.path, f"{state.iteration:08d}", seed=run.seed
         )
         result = self.score(state, settings, "test likelihood", made)
+        bounds = None
+        if settings.bounds:
+            bounds = estimate(
+                state.ema, self.data, settings, result, seed=run.seed, dequantization=made
+            )
+            show_estimates(bounds)
         name = list_checkpoints(run.checkpoints)[-1].name
-        append_evaluation(run.path, result, state.iteration, state.ema, self.data, settings, name)
+        append_evaluation(
+            run.path, result, state.iteration, state.ema, self.data, settings, name, bounds
+        )
         self.draw(state)
 
     def score(

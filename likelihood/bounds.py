@@ -12,6 +12,7 @@ from torch import Tensor
 from likelihood.checked import check_batch, check_finite
 from likelihood.comparison import variance_of_mean
 from likelihood.decoders import Decoder, DensityDecoder
+from likelihood.memory import in_halves
 from likelihood.reverse_variance import (
     AnalyticVariance,
     ReverseVariance,
@@ -104,7 +105,8 @@ def continuous_bound(
     draws = validation.count("continuous_bound", "decoder_samples", decoder_samples)
     _check("continuous_bound", flow, x, decoder)
     score, (low, high) = Counted(flow.score), flow.clock_range()
-    start, end = _levels(flow.sde, [flow.sde.t_min, flow.sde.t_max], x).rows()
+    first = flow.sde.t_min if flow.t_start is None else flow.t_start
+    start, end = _levels(flow.sde, [first, flow.sde.t_max], x).rows()
     width = (high - low) / samples
     edges = low + width * torch.arange(samples, dtype=torch.float64, device=x.device)
     rate = torch.stack([_rate(flow, score, x, edge, width, generator) for edge in edges])
@@ -275,6 +277,7 @@ def calibrate_variance(
     steps: int | None = None,
     times: Tensor | None = None,
     generator: Generator = None,
+    batch_size: int = 512,
 ) -> AnalyticVariance:
     r"""Measure the noise error at each level, once for all bounds to come.
 
@@ -284,17 +287,29 @@ def calibrate_variance(
         steps: T, even in log(sigma/alpha) from t_min to t_max; give this or ``times``.
         times: Increasing times in [t_min, t_max], [T + 1].
         generator: Source of noise.
+        batch_size: Samples at once; halved where memory runs out. The result does not depend on
+            it but for rounding.
 
     Raises:
         ValueError: If x is not a batch of finite numbers, or the times do not increase.
         SamplingError: If the score is not finite.
     """
+    batch_size = validation.count("calibrate_variance", "batch_size", batch_size)
     _check("calibrate_variance", flow, x, DensityDecoder())
     levels = _levels(flow.sde, _times("calibrate_variance", flow.sde, steps, times), x)
     unresolved = []
     for level in levels.rows():
         noise = randn_like(x, generator).double()
-        unresolved.append(noise_error(flow.score, x, level, noise).square().mean())
+
+        def square(rows: range, level: Level = level, noise: Tensor = noise) -> Tensor:
+            some = slice(rows.start, rows.stop)
+            error = noise_error(flow.score, x[some], level, noise[some])
+            return error.square().flatten(1).mean(1)
+
+        starts = range(0, len(x), batch_size)
+        batches = (range(start, min(start + batch_size, len(x))) for start in starts)
+        parts = [part for rows in batches for part in in_halves(square, rows)]
+        unresolved.append(torch.cat(parts).mean())
     found = torch.stack(unresolved)
     check_finite("calibrate_variance", found, what="levels")
     best = levels.noise_ratio[0] * found[0].clamp(min=1e-6).sqrt()  # a std of 0 has no density

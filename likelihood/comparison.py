@@ -93,14 +93,20 @@ class Ordering:
         """Whether both do."""
         return self.ode_above_elbo and self.elbo_above_vlb
 
+    def _verdict(self, gap: float, good: bool) -> str:
+        if gap >= 0:
+            return "in order"
+        if good:
+            return f"below zero, by less than {self.sigmas:g} standard errors"
+        return f"out of order by more than {self.sigmas:g} standard errors"
+
     def __str__(self) -> str:
         rows = [
             ("ODE - ELBO", self.ode_gap, self.ode_gap_error, self.ode_above_elbo),
             ("ELBO - VLB", self.vlb_gap, self.vlb_gap_error, self.elbo_above_vlb),
         ]
         return "\n".join(
-            f"{name} = {gap:.4g} +- {error:.2g} nats: "
-            f"{'in order' if good else f'negative by more than {self.sigmas:g} standard errors'}"
+            f"{name} = {gap:.4g} ± {error:.2g} nats a sample: {self._verdict(gap, good)}"
             for name, gap, error, good in rows
         )
 
@@ -129,7 +135,7 @@ def ordered(ode: Tensor, elbo: Tensor, vlb: Tensor, *, sigmas: float = 3.0) -> O
         sigmas: Standard errors of the mean difference that count as none, >= 0.
 
     Raises:
-        ValueError: If the three are not of one shape [B], B >= 2.
+        ValueError: If the three are not of one shape [B], B >= 2, or not finite.
     """
     sigmas = validation.real("ordered", "sigmas", sigmas, at_least=0)
     shapes = [tuple(value.shape) for value in (ode, elbo, vlb)]
@@ -137,6 +143,12 @@ def ordered(ode: Tensor, elbo: Tensor, vlb: Tensor, *, sigmas: float = 3.0) -> O
         raise ValueError(
             "ordered needs three log-probabilities [B] of the same two or more samples; got "
             f"shapes {', '.join(map(str, shapes))}. Pass the log_prob of each result."
+        )
+    bad = [int((~torch.isfinite(value)).sum()) for value in (ode, elbo, vlb)]
+    if any(bad):
+        raise ValueError(
+            f"ordered needs finite log-probabilities; got {bad[0]}, {bad[1]} and {bad[2]} that "
+            "are not, of ode, elbo and vlb. Leave out the samples that failed."
         )
     numbers = []
     for gap in (ode.double() - elbo.double(), elbo.double() - vlb.double()):

@@ -167,7 +167,7 @@ class VariationalDequantization(Dequantization):
             :class:`DequantizationFlow`; its ``state_dict`` is all there is to save.
     """
 
-    flow_module: nn.Module = field(kw_only=True, compare=False)
+    flow_module: nn.Module = field(kw_only=True, compare=False, repr=False)
 
     def encode(self, values: Tensor, generator: Generator = None) -> Tensor:
         """Levels [B, ...] as float32 points, each drawn from q; without gradients."""

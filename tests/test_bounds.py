@@ -434,7 +434,7 @@ def test_ode_elbo_and_vlb_stand_in_order_for_an_exact_score_and_the_text_says_so
     assert found.vlb_gap == pytest.approx(float((elbo - vlb).mean()))
     swapped = ordered(vlb, elbo, ode, sigmas=2)
     assert not swapped.ode_above_elbo and not swapped.holds
-    assert "ODE - ELBO" in str(swapped) and "negative by more than 2" in str(swapped)
+    assert "ODE - ELBO" in str(swapped) and "out of order by more than 2" in str(swapped)
 
 
 def test_what_cannot_be_bounded_is_refused_with_a_remedy(seeded):

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from experiment.data import Dataset
-from experiment.evaluation import Evaluation, evaluate
+from experiment.evaluation import Evaluation, evaluate, show
 from experiment.ledger import append_evaluation, evaluated, keep_samples
-from experiment.settings import Likelihood
-from likelihood import Adaptive, Exact, FixedGrid, Hutchinson
+from experiment.seeds import sample_streams
+from experiment.settings import Likelihood, units_of
+from likelihood import Adaptive, Exact, FixedGrid, Hutchinson, Pixel, log_likelihood
 from score_models import Noise, ScoreModel
-from sde_lib import EDMSDE, VPSDE
+from sde_lib import EDMSDE, VPSDE, probability_flow
 from sde_lib.oracles import Gaussian
 from sde_lib.samplers import SamplingError
 from sde_lib.sde import expand_like
@@ -167,13 +168,20 @@ def test_draws_of_a_sample_are_averaged_and_counted():
     assert averaged.num_samples == 6 and averaged.nfe == 3 * single.nfe
 
 
-def test_continuous_data_need_one_draw():
-    data, settings = vectors(4), Likelihood(divergence=Exact())
-    one, many = (
-        evaluate(gaussian_model(data), data, replace(settings, draws=draws), seed=0)
-        for draws in (1, 5)
-    )
-    assert torch.equal(one.per_sample, many.per_sample) and one.nfe == many.nfe
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"draws": 5},
+        {"draws": 2, "importance": True},
+        {"dequantization": "truncated_normal"},
+        {"dequantization": "variational"},
+    ],
+    ids=str,
+)
+def test_what_is_about_levels_is_refused_for_continuous_data(choice):
+    data, settings = vectors(), Likelihood(divergence=Exact(), **choice)
+    with pytest.raises(ValueError, match="is about data of K levels; vectors is continuous"):
+        evaluate(gaussian_model(data), data, settings, seed=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
@@ -245,6 +253,89 @@ def test_a_single_probe_kept_along_the_path_does_not_know_its_error():
     settings = Likelihood(divergence=Hutchinson(num_probes=1), solver=FixedGrid(32, fresh=False))
     result = evaluate(slanted_model(), levels_data(4), settings, seed=0)
     assert math.isnan(result.probe_error) and result.standard_error > 0
+
+
+def test_a_failed_sample_leaves_the_weighed_others_their_values():
+    class Broken(GaussianNoise):
+        def forward(self, x, noise_level, cond=None):
+            return torch.where(first(x, noise_level), math.nan, super().forward(x, noise_level))
+
+    def first(x, noise_level):  # of every batch of 6 rows, which is 2 samples of 3 draws
+        bad = (torch.arange(len(x)) < 3) & (len(x) == 6)
+        return bad[:, None] & (noise_level.max() < -3)
+
+    data = levels_data(4)
+    settings = Likelihood(
+        solver=FixedGrid(16), divergence=Exact(), draws=3, importance=True, batch_size=2
+    )
+    whole = evaluate(slanted_model(), data, settings, seed=0)
+    with pytest.raises(SamplingError, match="not finite") as caught:
+        evaluate(model_of(Broken(torch.zeros(3), SLANTED)), data, settings, seed=0)
+    partial = caught.value.partial
+    assert partial.isnan().tolist() == [True, False, True, False]
+    assert_close(partial[1::2], whole.per_sample[1::2], rtol=0, atol=1e-6)
+
+
+def test_weights_of_noise_that_nobody_knows_are_refused_and_large_noise_is_told(capsys):
+    data = levels_data(6)
+    weighed = Likelihood(draws=2, importance=True, divergence=Hutchinson(1))
+    with pytest.raises(ValueError, match=r"num_probes=2"):
+        settings = replace(weighed, solver=FixedGrid(16, fresh=False))
+        evaluate(slanted_model(), data, settings, seed=0)
+    noisy = replace(
+        weighed, divergence=Hutchinson(1, "gaussian", Pixel()), solver=FixedGrid(8, halve=False)
+    )
+    for settings, loud in ((noisy, True), (replace(noisy, divergence=Exact()), False)):
+        show(evaluate(slanted_model(), data, settings, seed=0), data, "here")
+        said = capsys.readouterr().out
+        assert ("too noisy for importance weights" in said) is loud
+        assert "of the draws 1." in said
+
+
+def test_the_start_of_a_truncated_normal_leaves_no_truncation_and_is_noted(tmp_path):
+    data, model = levels_data(4), slanted_model()
+    settings = Likelihood(
+        solver=FixedGrid(32), divergence=Exact(), dequantization="truncated_normal"
+    )
+    found = evaluate(model, data, settings, seed=0)
+    assert math.isnan(found.truncation) and math.isfinite(found.prior_mismatch)
+    append_evaluation(tmp_path, found, 1, model, data, settings, "step-1.pt")
+    (row,) = json.loads((tmp_path / "likelihood.json").read_text())
+    start = units_of(data, settings, None).start_time(model.sde)
+    assert f"t = {start:.4g}, where the noise fills the bins" in row["note"]
+    with pytest.raises(ValueError, match=r"training\.dequantize=false"):
+        settings.check(data, on_centres=False)
+    settings.check(data, on_centres=True)
+
+
+def test_errors_of_each_sample_keep_their_sign_and_the_unit_of_the_metric():
+    data = levels_data(3)
+    settings = Likelihood(solver=FixedGrid(48), divergence=Exact())
+    found = evaluate(slanted_model(), data, settings, seed=3)
+    units, sde = data.units, slanted_model().sde
+    streams = sample_streams(3, "likelihood", range(3), torch.device("cpu"))
+    drawn = units.draw(data.test, streams)
+    flow = probability_flow(sde, slanted_model().score)
+    result = log_likelihood(flow, drawn.x, solver=FixedGrid(48), divergence=Exact())
+    nat = 1 / (3 * math.log(2))
+    for name, sign in (("truncation", -1), ("prior_mismatch", -1), ("solver_error", 1)):
+        wanted = sign * nat * getattr(result, name).double()
+        assert_close(found.errors[name], wanted, rtol=1e-3, atol=1e-9)
+    clock, information = found.information
+    assert_close(information, nat * result.information().T.double(), rtol=1e-4, atol=1e-6)
+    assert_close(clock, result.clock)
+
+
+def test_a_budget_is_in_the_unit_of_the_metric(capsys):
+    data = levels_data(12)
+    settings = Likelihood(divergence=Hutchinson(2, basis=Pixel()), budget=0.1)
+    found = evaluate(slanted_model(), data, settings, seed=0)
+    assert "0.1 bits/dim (0.208 nats) a sample" in capsys.readouterr().out
+    assert found.pilot_nfe > 33 * 16  # the trial as well
+    error = torch.hypot(found.errors["probe_error"], found.errors["solver_error"])
+    assert float(error.median()) < 0.1
+    with pytest.raises(ValueError, match=r"likelihood\.budget, 1e-12 bits/dim .* out of reach"):
+        evaluate(slanted_model(), data, replace(settings, budget=1e-12), seed=0)
 
 
 def test_evaluations_are_counted_over_unequal_batches():

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from sde_lib import validation
+
 
 def bits_per_dim(
     log_prob: Tensor,
@@ -44,6 +46,7 @@ def bits_per_dim(
             "the unit it is measured in; "
             "got levels=None. Report nats (log_prob), or say how many levels the data have."
         )
+    num_dims = validation.count("bits/dim", "num_dims", num_dims)
     if levels != int(levels) or levels < 2:
         raise ValueError(f"bits/dim needs a whole number of levels >= 2; got levels={levels!r}.")
     width = torch.as_tensor(2 / levels if bin_width is None else bin_width, dtype=torch.float64)

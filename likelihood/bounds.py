@@ -236,6 +236,8 @@ def discrete_bounds(
     """
     repeats = validation.count("discrete_bound", "repeats", repeats)
     _check("discrete_bound", flow, x, decoder)
+    if not variances:
+        raise ValueError("discrete_bounds needs one variance or more by name; got none.")
     reverse = {name: named_variance(variance) for name, variance in variances.items()}
     levels = _levels(flow.sde, _times("discrete_bound", flow.sde, steps, times), x)
     score = Counted(flow.score)

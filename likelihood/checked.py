@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sde_lib.noise import PerSample
+from sde_lib.reverse import ProbabilityFlow
 from sde_lib.samplers.base import SamplingError
 
 
@@ -14,6 +16,11 @@ def check_batch(owner: str, x: Tensor) -> None:
     Raises:
         ValueError: Saying what ``x`` is instead.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(
+            f"{owner} needs a batch [B, ...] as a tensor; got {type(x).__name__}. "
+            "torch.as_tensor(x, dtype=torch.float32) makes one."
+        )
     wanted = x.ndim >= 2 and x.numel() > 0 and x.dtype in (torch.float32, torch.float64)
     if not wanted or not bool(torch.isfinite(x).all()):
         raise ValueError(
@@ -21,6 +28,39 @@ def check_batch(owner: str, x: Tensor) -> None:
             f"float64; got shape {tuple(x.shape)}, {x.dtype}"
             f"{'' if torch.isfinite(x).all() else ', with NaN or infinity'}. A single sample is "
             "x[None]; a network in half precision converts inside its score function."
+        )
+
+
+def check_kind(owner: str, name: str, value: object, kind: type, example: str) -> None:
+    """Refuse an argument of another class, or a class in the place of an object.
+
+    Raises:
+        ValueError: Saying what was given and what to pass.
+    """
+    if not isinstance(value, kind):
+        what = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise ValueError(f"{owner} needs {name} to be a {kind.__name__}, {example}; got {what}.")
+
+
+def check_flow(owner: str, flow: object) -> None:
+    """Refuse what is not a flow.
+
+    Raises:
+        ValueError: Saying how to make one.
+    """
+    check_kind(owner, "flow", flow, ProbabilityFlow, "probability_flow(sde, score)")
+
+
+def check_generator(owner: str, generator: object) -> None:
+    """Refuse what numbers cannot be drawn from.
+
+    Raises:
+        ValueError: Saying what can.
+    """
+    if not (generator is None or isinstance(generator, torch.Generator | PerSample)):
+        raise ValueError(
+            f"{owner} needs generator to be a torch.Generator, a PerSample or None; got "
+            f"{generator!r}. torch.Generator().manual_seed(0) makes one."
         )
 
 

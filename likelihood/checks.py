@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from likelihood.checked import check_kind
 from likelihood.divergence import Divergence, Exact
 from likelihood.ode import log_likelihood
 from likelihood.result import LogLikelihood
@@ -73,9 +74,13 @@ def check_likelihood(
             should be.
         ValueError: For numbers of samples or tolerances that mean nothing.
     """
+    solver = FixedGrid() if solver is None else solver
+    divergence = Exact() if divergence is None else divergence
+    check_kind("check_likelihood", "solver", solver, Solver, "FixedGrid() or your own")
+    check_kind("check_likelihood", "divergence", divergence, Divergence, "Exact() or your own")
     subject = _Subject(
-        FixedGrid() if solver is None else solver,
-        Exact() if divergence is None else divergence,
+        solver,
+        divergence,
         VPSDE() if sde is None else sde,
         validation.count("check_likelihood", "samples", samples, at_least=100),
         validation.real("check_likelihood", "tolerance", tolerance, above=0),

@@ -105,7 +105,7 @@ class Divergence(ABC):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             if not (create_graph and x.requires_grad):
                 x = x.detach().requires_grad_()
-            value = function(x)
+            value = _value(function, x)
             if value.shape != x.shape:
                 raise ValueError(
                     f"the score function must return the shape of x; got {tuple(value.shape)} for "
@@ -120,6 +120,22 @@ class Divergence(ABC):
                     raise ValueError(NO_GRAPH) from error
                 raise
         return (value, traces) if create_graph else (value.detach(), traces)
+
+
+def _value(function: Field, x: Tensor) -> Tensor:
+    """The field at ``x``; what torch says of two usual mistakes is put in words."""
+    try:
+        return function(x)
+    except RuntimeError as error:
+        text = str(error)
+        if "numpy() on Tensor that requires grad" in text:
+            raise ValueError(NO_GRAPH) from error
+        if "same dtype" in text or "expected scalar type" in text:
+            raise ValueError(
+                f"the score function cannot take x of {x.dtype} ({text}); convert inside it, as "
+                "lambda x, t: network(x.half(), t).float() does, or pass x in its dtype."
+            ) from error
+        raise
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from likelihood.checked import check_batch, check_finite
+from likelihood.checked import check_batch, check_finite, check_flow
 from likelihood.divergence import suited
 from likelihood.pilot import Pilot
 from likelihood.solvers import FixedGrid
@@ -73,6 +73,7 @@ def encode(
         SamplingError: If the score is not finite; the message says from which node on, and
             ``partial`` of the error holds the latents, the failed ones not finite.
     """
+    check_flow("encode", flow)
     check_batch("encode", x)
     return _carried("encode", flow, x, nodes, to_noise=True, differentiable=differentiable)
 
@@ -100,6 +101,7 @@ def decode(
             differentiable.
         SamplingError: If the score is not finite, as in :func:`encode`.
     """
+    check_flow("decode", flow)
     check_batch("decode", latent)
     return _carried("decode", flow, latent, nodes, to_noise=False, differentiable=differentiable)
 
@@ -124,6 +126,7 @@ def round_trip(flow: ProbabilityFlow, x: Tensor, *, nodes: int = 64) -> RoundTri
         ValueError: As :func:`encode`.
         SamplingError: As :func:`encode`.
     """
+    check_flow("round_trip", flow)
     check_batch("round_trip", x)
     known = len(flow.memory)
     pilot = Pilot.of(flow, x, suited(tuple(x.shape[1:])))
@@ -223,6 +226,11 @@ def _carried(
     differentiable: bool,
 ) -> Tensor:
     """The end of the flow from ``x`` [B, ...], up to t_max or down to t_min, in its dtype."""
+    if x.is_inference():  # the pilot needs derivatives
+        with torch.inference_mode(False):
+            return _carried(
+                owner, flow, x.clone(), nodes, to_noise=to_noise, differentiable=differentiable
+            )
     grid = FixedGrid(nodes, halve=False)
     clock = Pilot.of(flow, x, suited(tuple(x.shape[1:]))).nodes(grid.nodes)
     clock = clock if to_noise else clock.flip(0)

@@ -7,7 +7,7 @@ import time
 import torch
 from torch import Tensor
 
-from likelihood.checked import check_batch, check_finite
+from likelihood.checked import check_batch, check_finite, check_flow, check_generator, check_kind
 from likelihood.divergence import Divergence, suited
 from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid, Path, Solver
@@ -59,11 +59,17 @@ def log_likelihood(
             there is one.
     """
     began = time.monotonic()
-    solver = FixedGrid() if solver is None else solver
+    check_flow("log_likelihood", flow)
     check_batch("log_likelihood", x)
+    solver = FixedGrid() if solver is None else solver
+    check_kind("log_likelihood", "solver", solver, Solver, "FixedGrid() or Adaptive()")
+    divergence = suited(tuple(x.shape[1:])) if divergence is None else divergence
+    check_kind("log_likelihood", "divergence", divergence, Divergence, "Exact() or Hutchinson()")
+    check_generator("log_likelihood", generator)
     solver.check(x)
-    divergence = divergence or suited(tuple(x.shape[1:]))
-    with torch.set_grad_enabled(differentiable):
+    # a trace needs derivatives, inside inference_mode too
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
+        x = x.clone() if x.is_inference() else x
         path = solver.solve(flow, x, divergence, generator, differentiable=differentiable)
         result = _result(flow, x, path, began)
     if path.failure is not None:

@@ -111,7 +111,13 @@ class ProbabilityFlow:
         """The part of dz/du that asks the network, at ``z`` [B, ...] and one ``level`` of []."""
         scale, share = self.scale(level).to(z), self.noise_share(level).to(z)
         level = level.like(z)
-        return share * level.noise(self.score(scale * z, level.t).to(z.dtype))
+        score = self.score(scale * z, level.t)
+        if not isinstance(score, Tensor) or score.is_complex():
+            kind = score.dtype if isinstance(score, Tensor) else type(score).__name__
+            raise ValueError(
+                f"the score function must return real numbers in the shape of x; got {kind}."
+            )
+        return share * level.noise(score.to(z.dtype))
 
     def scaled_velocity(self, z: Tensor, level: Level) -> Tensor:
         """dz/du at ``z`` [B, ...] and one ``level`` of scalars []."""

@@ -16,6 +16,7 @@ from likelihood import (
     Pilot,
     Pixel,
     Principal,
+    encode,
     log_likelihood,
     plan,
 )
@@ -471,6 +472,103 @@ def test_half_precision_is_for_the_network_and_not_for_the_states(dtype):
     exact = log_likelihood(probability_flow(sde, data.score(sde)), x, generator=seeded())
     assert result.log_prob.dtype == torch.float32
     assert_close(result.log_prob, exact.log_prob, rtol=0.05, atol=1.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda s: lambda x, t: s(x, t)[:, :2], r"shape of x; got \(\d+, 2\) for x of shape"),
+        (lambda s: lambda x, t: s(x, t)[:, :1], r"shape of x; got \(\d+, 1\) for x of shape"),
+        (lambda s: lambda x, t: (s(x, t), 0), "real numbers in the shape of x; got tuple"),
+        (lambda s: lambda x, t: None, "real numbers in the shape of x; got NoneType"),
+        (lambda s: lambda x, t: s(x, t) + 0j, "real numbers in the shape of x; got torch.complex"),
+        (lambda s: lambda x, t: s(x.detach(), t), "cannot be differentiated"),
+        (lambda s: lambda x, t: torch.as_tensor(x.numpy()), "cannot be differentiated"),
+        (lambda s: torch.no_grad()(s), "cannot be differentiated"),
+        (lambda s: lambda x, t, w=torch.ones(24, requires_grad=True): w * s(x.detach(), t),
+         "cannot be differentiated"),
+        (lambda s: lambda x, t, n=torch.nn.Linear(24, 24).half(): n(x), "x.half"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("probes", [Exact(), Hutchinson(2)], ids=str)
+def test_a_score_that_cannot_serve_says_why(spoil, words, probes):
+    sde, data = VPSDE(), vectors()
+    flow = probability_flow(sde, spoil(data.score(sde)))
+    with pytest.raises(ValueError, match=words):
+        log_likelihood(flow, torch.zeros(3, 24), divergence=probes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"x": [[0.0] * 24]}, "as a tensor; got list"),
+        ({"x": torch.zeros(0, 24)}, "batch"),
+        ({"flow": VPSDE()}, "needs flow to be a ProbabilityFlow"),
+        ({"flow": lambda x, t: x}, "needs flow to be a ProbabilityFlow"),
+        ({"solver": "dopri5"}, "needs solver to be a Solver, .*got 'dopri5'"),
+        ({"solver": FixedGrid}, "got the class FixedGrid"),
+        ({"divergence": Exact}, "needs divergence to be a Divergence, .*got the class Exact"),
+        ({"generator": 3}, "PerSample or None; got 3"),
+        ({"divergence": Hutchinson(2, basis=Cosine(9))}, r"Cosine\(9\) needs samples of 9 axes"),
+        ({"divergence": Hutchinson(2, basis=Principal(torch.eye(7)))}, "7 axes; got samples"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_told_in_one_sentence(arguments, words):
+    sde, data = VPSDE(), vectors()
+    given = {"flow": exact_flow(sde, data), "x": torch.zeros(3, 24)} | arguments
+    with pytest.raises(ValueError, match=words):
+        log_likelihood(given.pop("flow"), given.pop("x"), **given)
+
+
+def test_bases_that_are_none_are_refused_when_they_are_made():
+    for axes in (2 * torch.eye(5), torch.ones(5, 5), torch.eye(5)[:3], torch.eye(5).long()):
+        with pytest.raises(ValueError, match="orthogonal matrix"):
+            Principal(axes)
+    with pytest.raises(ValueError, match="axes"):
+        Cosine(0)
+    with pytest.raises(ValueError, match="basis='cosine'"):
+        Hutchinson(2, basis="cosine")
+
+
+@pytest.mark.parametrize(
+    "solver", [FixedGrid(16), Adaptive(1e-3, 1e-3)], ids=["fixed", "adaptive"]
+)
+def test_inference_mode_changes_nothing(solver):
+    sde, data = VPSDE(), vectors()
+    x = noised(data, sde, 3)
+    outside = log_likelihood(exact_flow(sde, data), x, solver=solver, generator=seeded())
+    with torch.inference_mode():
+        flow = exact_flow(sde, data)
+        inside = log_likelihood(flow, x.clone(), solver=solver, generator=seeded())
+        latent = encode(exact_flow(sde, data), x.clone(), nodes=16)
+    assert_close(inside.log_prob, outside.log_prob, rtol=0, atol=1e-5)
+    assert latent.shape == x.shape
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU here: the loop's waits cannot be seen"
+)
+def test_the_loop_over_the_nodes_never_waits_for_the_gpu():
+    device, sde, calls = torch.device("cuda"), VPSDE(), 0
+
+    def score(x, t):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        if calls == 30:
+            torch.cuda.set_sync_debug_mode("default")
+        return -x
+
+    flow, x = probability_flow(sde, score), torch.zeros(4, 24, device=device)
+    for _ in range(2):  # what the pilot found is kept
+        calls = 1000 if not flow.memory else 0
+        generator = torch.Generator(device).manual_seed(0)
+        try:
+            result = log_likelihood(flow, x, solver=FixedGrid(32), generator=generator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert bool(result.log_prob.isfinite().all())
 
 
 def test_float32_needs_no_more_nodes_than_float64():

@@ -10,7 +10,7 @@ from torch import Tensor
 from likelihood.basis import Basis
 from likelihood.divergence import Divergence, Probes
 from likelihood.memory import in_halves
-from sde_lib.adams import Adams, quadrature_weights
+from sde_lib.adams import Adams
 from sde_lib.noise import PerSample
 from sde_lib.reverse import ProbabilityFlow
 
@@ -23,7 +23,7 @@ FLOOR = 0.02
 
 @dataclass(frozen=True)
 class Pilot:
-    r"""What a likelihood needs to know of a flow: its trace and the noise of it, by noise level.
+    r"""What a likelihood needs to know of a flow: its trace, by noise level, and the best basis.
 
     The trace :math:`T(u) = \mathrm{tr}\,\partial(\varrho\hat\varepsilon)/\partial y` rises from
     0, where the noise is finer than anything in the data, to D, where it hides them all; what lies
@@ -32,7 +32,6 @@ class Pilot:
     Args:
         clock: u = log(sigma/alpha), increasing, [M].
         trace: Mean of T over pilot samples, [M].
-        variance: Mean variance of a single probe's estimate of T, [M].
         dims: D.
         divergence: The estimator, in the basis in which its variance was least.
         nfe: Forward passes that it took, of one sample each.
@@ -40,7 +39,6 @@ class Pilot:
 
     clock: Tensor
     trace: Tensor
-    variance: Tensor
     dims: int
     divergence: Divergence
     nfe: int
@@ -78,11 +76,10 @@ class Pilot:
         traces = torch.cat(parts, dim=-1).flip(1).cpu()  # [bases, M, k, samples]
         single = traces.shape[2] == 1  # an exact trace
         variance = torch.zeros(traces.shape[:2]) if single else traces.var(2).nanmean(2)
-        best = int(variance.clamp(min=0).sqrt().sum(1).argmin())
+        best = int(variance.sqrt().sum(1).argmin())
         found = cls(
             clock=clock.flip(0),
             trace=traces.nanmean((2, 3))[best],  # one bad sample spoils no grid
-            variance=variance[best].double(),
             dims=torch.Size(shape).numel(),
             divergence=divergence,
             nfe=NODES * samples,
@@ -111,12 +108,6 @@ class Pilot:
         low, high = self.scales()
         outside = (low - clock).clamp(min=0) + (clock - high).clamp(min=0)
         return torch.exp(-THINNING * outside) + FLOOR
-
-    def predicted_variance(self, nodes: Tensor, order: int) -> float:
-        """Mean variance of log p, nats², with one fresh probe at each of ``nodes``."""
-        weights = quadrature_weights(nodes, order)
-        variance = interpolated(nodes, self.clock, self.variance)
-        return float((weights.square() * variance).sum())
 
 
 def _watched(

@@ -571,6 +571,103 @@ def test_the_loop_over_the_nodes_never_waits_for_the_gpu():
     assert bool(result.log_prob.isfinite().all())
 
 
+def test_the_trace_is_integrated_one_order_above_the_path():
+    sde, data = VPSDE(), Gaussian(torch.zeros(2, dtype=torch.float64), 0.3)
+    flow = exact_flow(sde, data)  # whose trace does not depend on the path
+    low, high = (math.exp(u) for u in flow.clock_range())
+    truth = math.log((0.09 + high**2) / (0.09 + low**2))
+    errors = []
+    for nodes in (64, 128):
+        solver = FixedGrid(nodes, halve=False)
+        x = noised(data, sde, 1)
+        path = solver.solve(flow, x, Exact(), None, differentiable=False)
+        errors.append(abs(float(path.volume) - truth))
+    assert errors[0] / errors[1] > 2**4.6 and errors[1] < 1e-7
+
+
+def test_noise_of_the_probes_is_not_taken_for_solver_error():
+    sde, data = VPSDE(), correlated()
+    x = noised(data, sde, 300)
+    probes = Hutchinson(2, "gaussian")
+    result = log_likelihood(exact_flow(sde, data), x, divergence=probes, generator=seeded())
+    assert float(result.solver_error.median()) < 0.01 * float(result.standard_error.median())
+
+
+def test_the_prior_mismatch_knows_where_the_data_are():
+    sde, data = VPSDE(beta_max=8.0), Gaussian(3 * torch.ones(4), 0.5)
+    x = noised(data, sde, 100)
+    result = log_likelihood(probability_flow(sde, data.score(sde)), x)
+    end = result.latent.double()
+    truth = data.log_prob(end, sde, sde.t_max) - sde.prior_log_prob(end)
+    assert float(truth.abs().mean()) > 0.3
+    assert_close(result.prior_mismatch.double(), truth, rtol=0, atol=0.01)
+
+
+def test_a_tolerance_of_log_p_of_its_own_takes_evaluations_of_its_own():
+    sde, data = VPSDE(), vectors()
+    flow, x = exact_flow(sde, data), noised(data, sde, 4)
+    loose, tight = (
+        log_likelihood(
+            flow, x, solver=Adaptive(1e-3, 1e-3, tol, compare=False), divergence=Exact()
+        )
+        for tol in (None, 1e-7)
+    )
+    assert tight.nfe > loose.nfe
+
+
+def test_no_sample_of_an_adaptive_solver_hides_behind_its_batch_mates():
+    sde = VPSDE()
+    data = GaussianMixture(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.02)
+    flow, solver = exact_flow(sde, data), Adaptive(1e-4, 1e-4, compare=False)
+    hard = noised(data, sde, 1).double()
+    easy = torch.tensor([[40.0, 40.0]], dtype=torch.float64).expand(199, 2)
+    alone = log_likelihood(flow, hard, solver=solver)
+    among = log_likelihood(flow, torch.cat([hard, easy]), solver=solver)
+    assert among.nfe >= alone.nfe
+    assert float((among.log_prob[0] - alone.log_prob[0]).abs()) < 1e-2
+
+
+def test_a_quick_solver_is_cheaper():
+    assert FixedGrid(64).quick() == FixedGrid(32, halve=False)
+    assert FixedGrid(16).quick() == FixedGrid(16, halve=False)
+    assert Adaptive().quick() == Adaptive(1e-3, 1e-3, compare=False)
+
+
+def test_rows_of_orthogonal_probes_come_from_all_over_the_matrix():
+    x = torch.zeros(1, 1024)
+    draw = Hutchinson(1, "orthogonal", Pixel()).probes(x, seeded())
+    signs = torch.stack([draw()[0, 0] for _ in range(32)])  # [32, 1024]
+    relative = signs * signs[0]
+    for apart in (1, 2, 4, 16, 256, 512):  # columns that rows of low index would not tell apart
+        same = (relative[:, 0] * relative[:, apart]).mean()
+        assert abs(float(same)) <= 0.5, apart
+    assert_close(signs @ signs.T, 1024 * torch.eye(32))
+
+
+def test_the_variance_of_single_probes_counts_the_ends():
+    nodes = torch.linspace(0, 1, 9, dtype=torch.float64)
+    traces = torch.randn(9, 1, 20_000, generator=seeded(), dtype=torch.float64)
+    for weights in (torch.eye(9)[0], torch.eye(9)[8], torch.eye(9)[1], torch.eye(9)[4]):
+        variance, _ = Hutchinson(1).fresh_variance(traces, nodes, weights.double())
+        assert float(variance.mean()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_pilot_takes_the_basis_of_the_least_variance():
+    sde, mixed = VPSDE(), torch.zeros(1, 1, 8, 8)
+    axes = Cosine(2).to_data(torch.eye(64).reshape(64, 8, 8)).reshape(64, 64)
+    scales = torch.exp(torch.linspace(0, -4, 64))
+    smooth = Gaussian(torch.zeros(64), covariance=(axes.T * scales) @ axes)
+    for score, wanted in (
+        (smooth.score(sde), Cosine(2)),
+        (Gaussian(torch.zeros(64), scales.sqrt()).score(sde), Pixel()),
+    ):
+        flow = probability_flow(
+            sde, lambda x, t, score=score: score(x.reshape(-1, 64), t).reshape(x.shape)
+        )
+        found = Pilot.of(flow, mixed.reshape(1, 8, 8), Hutchinson(3)).divergence
+        assert found == Hutchinson(3, basis=wanted)
+
+
 def test_float32_needs_no_more_nodes_than_float64():
     sde, data = VPSDE(), vectors()
     x = noised(data, sde, 64)

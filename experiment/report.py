@@ -36,7 +36,7 @@ COLUMNS = {
     "seconds": "seconds",
     "how": "how",
 }
-HOW = ("sde", "how", "divergence", "dequantization", "note", "checkpoint")
+HOW = ("sde", "how", "note", "checkpoint")
 PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 

@@ -30,8 +30,7 @@ FULL = {
     "seconds": 1234.5,
     "iteration": 1600,
     "sde": "VPSDE(beta_min=0.1)",
-    "divergence": "exact",
-    "dequantization": "uniform, 1 draw(s)",
+    "how": "exact; uniform, 1 draw(s)",
     "note": "rtol 1e-4",
     "checkpoint": "step-00001600.pt",
 }

@@ -33,6 +33,7 @@ LEAN = 44  # nodes: 0.45 of the 98 evaluations that the peers take at least at 1
 FEW = 64  # dimensions up to which the exact trace is tried too
 FINE = 300  # nodes of the float64 solve that integration errors are taken against
 BARE = ", no half grid"
+RICH = "64 nodes, 8 probes"
 
 
 class AnyPrecision(ll.Hutchinson):
@@ -131,6 +132,7 @@ def choices(x: Tensor) -> dict[str, tuple[int, ll.Divergence, str]]:
         f"{LEAN} nodes, 1 probe": (LEAN, ll.Hutchinson(1), "1 probe"),
         f"{LEAN} nodes, 2 probes": (LEAN, ll.Hutchinson(2), "2 probes"),
         f"{LEAN} nodes, 4 probes": (LEAN, ll.Hutchinson(4), "4 probes"),
+        RICH: (64, ll.Hutchinson(8), "8 probes"),
         f"{LEAN} nodes, 1 orthogonal": (LEAN, ll.Hutchinson(1, "orthogonal"), "1 probe"),
     }
     bases = {"pixels": ll.Pixel()} if x.ndim > 2 else {}
@@ -216,6 +218,7 @@ def unit_costs(target: Target, x: Tensor, rounds: int) -> dict[str, list[float]]
         "1 probe": evaluation(chosen.with_probes(1)),
         "2 probes": evaluation(chosen),
         "4 probes": evaluation(chosen.with_probes(4)),
+        "8 probes": evaluation(chosen.with_probes(8)),
     } | ({"exact": evaluation(ll.Exact())} if x[0].numel() <= FEW else {})
     repeats = max(1, math.ceil(0.02 / seconds(calls["forward"], 3)))
     times = torch.tensor([[seconds(c, repeats) for c in calls.values()] for _ in range(rounds)])
@@ -297,10 +300,15 @@ def measure(target: Target, quick: bool) -> None:
     print()
     trained = target.name in NETWORKS
     lean = f"{LEAN} nodes, {4 if trained else 2} probes" + BARE
-    for name in (lean, "default") if trained else (lean,):
+    for name in (lean, RICH + BARE, "default") if trained else (lean,):
         for other, peer in peers.items():
             judge(target.name, f"{name} against {other}", own[name], peer)
-    for unit, most in (("1 probe", 2.35), ("2 probes", 3.6), ("4 probes", 6.0)):
+    for unit, most in (
+        ("1 probe", 2.35),
+        ("2 probes", 3.6),
+        ("4 probes", 6.0),
+        ("8 probes", 10.8),
+    ):
         if trained:
             goal(f"{unit}: {units[unit]:.2f} F, wanted {most}", units[unit] <= most)
     for name in (name for name in peers if name.startswith("dopri5")):

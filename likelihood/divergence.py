@@ -26,7 +26,7 @@ NO_GRAPH = (
 OVERLAP = 2.63
 
 Field = Callable[[Tensor], Tensor]
-Probes = Callable[[], Tensor]
+Probes = Callable[..., Tensor]
 
 
 class Spread(NamedTuple):
@@ -54,9 +54,15 @@ class Divergence(ABC):
 
     random: ClassVar[bool] = True
 
+    @property
+    def allots(self) -> bool:
+        """Whether a call of its probes may ask for another number of them than the usual."""
+        return False
+
     @abstractmethod
     def probes(self, x: Tensor, generator: Generator = None) -> Probes:
-        """A source of random vectors [k, B, ...] in the shape of ``x``, fresh at every call."""
+        """A source of random vectors [k, B, ...] in the shape of ``x``, fresh at every call; where
+        it :attr:`allots`, a call takes another k."""
 
     @abstractmethod
     def passes(self, x: Tensor) -> int:
@@ -73,7 +79,7 @@ class Divergence(ABC):
     @abstractmethod
     def fresh_variance(self, traces: Tensor, nodes: Tensor, weights: Tensor) -> Spread:
         """Of the sum with ``weights`` [N] of the means over probes of ``traces`` [N, k, B], drawn
-        anew at each of N ``nodes``."""
+        anew at each of N ``nodes``; NaN where a node had fewer than k."""
 
     def in_basis(self, basis: Basis) -> Divergence:
         """The same with probes drawn in ``basis``, where there are probes."""
@@ -186,6 +192,7 @@ class Exact(Divergence):
         return total[None]
 
 
+LEAST = 2  # probes of a node that can tell how far to trust them
 SMALL = 16  # dimensions up to which the exact trace costs less than its noise is worth
 
 
@@ -220,7 +227,14 @@ def gaussian(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Tens
 
 def independent(draw: Callable[..., Tensor]) -> Callable[..., Probes]:
     """Fresh probes with nothing in common from one call to the next."""
-    return lambda shape, generator, like: lambda: draw(shape, generator, like)
+
+    def of_shape(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Probes:
+        def some(count: int | None = None) -> Tensor:
+            return draw((shape[0], count or shape[1], *shape[2:]), generator, like)
+
+        return some
+
+    return of_shape
 
 
 def orthogonal(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Probes:
@@ -263,7 +277,8 @@ class Hutchinson(Divergence):
     Reference: Hutchinson 1989; Grathwohl et al., FFJORD, 2019.
 
     Args:
-        num_probes: k, at one evaluation.
+        num_probes: k, at one evaluation. From three on it is k on average where they are drawn
+            anew at every node: two or more at each, and the others where a pilot saw most noise.
         distribution: rademacher, gaussian, or orthogonal (signs, orthogonal from one evaluation
             of a path to the next; their error bar takes them for independent and is too long).
         basis: Where to draw them; if not given, the one of those that suit the data in which a
@@ -285,6 +300,10 @@ class Hutchinson(Divergence):
                 f"basis={self.basis!r}."
             )
 
+    @property
+    def allots(self) -> bool:
+        return self.num_probes > LEAST and self.distribution != "orthogonal"
+
     def in_basis(self, basis: Basis) -> Hutchinson:
         return replace(self, basis=basis)
 
@@ -305,7 +324,7 @@ class Hutchinson(Divergence):
         draw = PROBES[self.distribution](shape, generator, x)
         basis = self.basis or Pixel()
         basis.check(tuple(x.shape[1:]))
-        return lambda: basis.to_data(draw()).transpose(0, 1)
+        return lambda *count: basis.to_data(draw(*count)).transpose(0, 1)
 
     def passes(self, x: Tensor) -> int:
         return self.num_probes
@@ -325,12 +344,16 @@ class Hutchinson(Divergence):
         alone. Estimates squared are too large by (k + 1) / (k - 1), so that the number is below
         the unbiased one; the tails of a quadratic form, longer than a normal's, need that much.
         """
-        k = traces.shape[1]
-        variance = traces.var(1) / k if k > 1 else _beside(traces[:, 0], nodes)
+        if traces.shape[1] > 1:
+            k = (~traces.isnan()).sum(1)
+            apart = traces - traces.nanmean(1, keepdim=True)
+            variance, each = apart.square().nansum(1) / (k * (k - 1)), k - 1
+        else:
+            variance = _beside(traces[:, 0], nodes)
+            each = torch.full_like(variance, 1 / OVERLAP)
         parts = weights.square()[:, None] * variance
         total = parts.sum(0)
-        each = k - 1 if k > 1 else 1 / OVERLAP
-        freedom = each * total.square() / parts.square().sum(0)
+        freedom = total.square() / (parts.square() / each).sum(0)
         return Spread(total, freedom.nan_to_num(math.inf))
 
     def traces(self, value: Tensor, x: Tensor, probes: Tensor, *, create_graph: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from likelihood.basis import Basis
-from likelihood.divergence import Divergence, Probes
+from likelihood.divergence import LEAST, Divergence, Probes
 from likelihood.memory import in_halves
 from sde_lib.adams import Adams
 from sde_lib.noise import PerSample
@@ -23,7 +23,7 @@ FLOOR = 0.02
 
 @dataclass(frozen=True)
 class Pilot:
-    r"""What a likelihood needs to know of a flow: its trace, by noise level, and the best basis.
+    r"""What a likelihood needs to know of a flow: its trace and the noise of it, by noise level.
 
     The trace :math:`T(u) = \mathrm{tr}\,\partial(\varrho\hat\varepsilon)/\partial y` rises from
     0, where the noise is finer than anything in the data, to D, where it hides them all; what lies
@@ -32,6 +32,7 @@ class Pilot:
     Args:
         clock: u = log(sigma/alpha), increasing, [M].
         trace: Mean of T over pilot samples, [M].
+        variance: Mean variance of a single probe's estimate of T, [M].
         dims: D.
         divergence: The estimator, in the basis in which its variance was least.
         nfe: Forward passes that it took, of one sample each.
@@ -39,6 +40,7 @@ class Pilot:
 
     clock: Tensor
     trace: Tensor
+    variance: Tensor
     dims: int
     divergence: Divergence
     nfe: int
@@ -80,6 +82,7 @@ class Pilot:
         found = cls(
             clock=clock.flip(0),
             trace=traces.nanmean((2, 3))[best],  # one bad sample spoils no grid
+            variance=variance[best].double(),
             dims=torch.Size(shape).numel(),
             divergence=divergence,
             nfe=NODES * samples,
@@ -94,6 +97,30 @@ class Pilot:
         nodes = interpolated(torch.linspace(0, 1, count).double() * mass[-1], mass, fine)
         nodes[0], nodes[-1] = self.clock[0], self.clock[-1]
         return nodes
+
+    def probes_at(self, nodes: Tensor, weights: Tensor, mean: int) -> list[int]:
+        r"""How many probes belong to each of ``nodes`` [N], ``mean`` on average.
+
+        The variance :math:`\sum_i w_i^2 v_i / k_i` is least for k in proportion to
+        :math:`|w_i| \sqrt{v_i}` (Neyman 1934); none gets fewer than two.
+        """
+        spread = self.variance.clamp(min=0).sqrt()
+        padded = torch.cat([spread[:1], spread, spread[-1:]])
+        smooth = (padded[:-2] + padded[1:-1] + padded[2:]) / 3  # of 16 samples' noise
+        size = weights.abs() * interpolated(nodes, self.clock, smooth)
+        total = len(nodes) * mean
+        if not bool(size.sum() > 0):
+            return [mean] * len(nodes)
+        low, high = torch.zeros(()).double(), total / size[size > 0].min()
+        for _ in range(200):  # k = max(2, c size) adds up to the total for one c
+            middle = (low * high).sqrt() if low > 0 else 0.5 * high
+            enough = bool((middle * size).clamp(min=LEAST).sum() >= total)
+            low, high = (low, middle) if enough else (middle, high)
+        wanted = (low * size).clamp(min=LEAST)
+        counts = wanted.floor()
+        missing = total - int(counts.sum())
+        counts[(wanted - counts).argsort(descending=True)[:missing]] += 1
+        return [int(count) for count in counts]
 
     def scales(self) -> tuple[float, float]:
         """The range of log rho in which the data have structure: T from 0.5 to D - 0.2."""

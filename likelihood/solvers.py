@@ -152,23 +152,28 @@ class FixedGrid(Solver):
         clock = pilot.nodes(self.nodes)
         source = divergence.probes(x, generator)
         draw = source if self.fresh else _always(source())
-        z, noise, traces = self._walk(
-            flow, x, clock, divergence, draw, differentiable=differentiable
-        )
         weights = self._weights(clock, x)
+        counts: list[int] | None = None
+        if self.fresh and divergence.allots:
+            mean = divergence.passes(x)
+            counts = pilot.probes_at(clock, weights[:, 0].cpu(), mean)
+        z, noise, traces = self._walk(
+            flow, x, clock, divergence, draw, counts, differentiable=differentiable
+        )
+        means = traces.nanmean(1)
         path = Path(
             z=z,
-            volume=(weights * traces.mean(1)).sum(0),
+            volume=(weights * means).sum(0),
             spread=self._spread(divergence, weights, traces.detach(), clock),
             z_other=z.detach(),
             volume_difference=torch.full_like(z.detach().flatten(1)[:, 0], math.nan),
             shrink=2.0 ** (self.chosen_order - 1) - 1,
-            first=(noise[0], traces[0].mean(0).detach()),
-            last=(noise[1], traces[-1].mean(0).detach()),
+            first=(noise[0], means[0].detach()),
+            last=(noise[1], means[-1].detach()),
             clock=clock,
-            trace=traces.mean(1).detach(),
+            trace=means.detach(),
             nfe=len(clock),
-            passes=len(clock) * divergence.passes(x),
+            passes=sum(counts) if counts else len(clock) * divergence.passes(x),
             pilot_nfe=pilot.nfe if len(flow.memory) > known else 0,
         )
         return self._compared(flow, x, path, divergence, traces.detach()) if self.halve else path
@@ -218,12 +223,13 @@ class FixedGrid(Solver):
         x: Tensor,
         clock: Tensor,
         divergence: Divergence | None,
-        draw: Callable[[], Tensor],
+        draw: Callable[..., Tensor],
+        counts: list[int] | None = None,
         *,
         differentiable: bool,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The last state, the noise estimates at both ends, and the traces [N, k, B]; no traces
-        without a ``divergence``."""
+        """The last state, the noise estimates at both ends, and the traces [N, k, B], NaN where
+        ``counts`` has fewer than k for a node; no traces without a ``divergence``."""
         levels = flow.level_at(clock.to(x.device)).rows()
         traces: list[Tensor] = []
         ends: list[Tensor] = []
@@ -238,7 +244,7 @@ class FixedGrid(Solver):
                 value, trace = divergence(
                     lambda z: flow.noise_part(z, level),
                     state,
-                    draw(),
+                    draw() if counts is None else draw(counts[i]),
                     create_graph=differentiable,
                 )
                 traces.append(trace.double())
@@ -247,7 +253,7 @@ class FixedGrid(Solver):
             return value.double() - share.square() * z
 
         z = Adams(clock, self.chosen_order).solve(rate, x.double() / flow.scale(levels[0]))
-        return z, ends, torch.stack(traces) if traces else x.new_empty(0)
+        return z, ends, _padded(traces) if traces else x.new_empty(0)
 
     def _weights(self, clock: Tensor, x: Tensor) -> Tensor:
         """Quadrature weights [N, 1] of the trace, one order above that of the path."""
@@ -264,6 +270,14 @@ class FixedGrid(Solver):
 
 def _always(probes: Tensor) -> Callable[[], Tensor]:
     return lambda: probes
+
+
+def _padded(traces: list[Tensor]) -> Tensor:
+    """[N, k, B] of N tensors [k_i, B]; NaN where one has fewer than the largest."""
+    k = max(len(trace) for trace in traces)
+    return torch.stack(
+        [torch.nn.functional.pad(t, (0, 0, 0, k - len(t)), value=math.nan) for t in traces]
+    )
 
 
 def _nothing() -> Tensor:

@@ -633,6 +633,49 @@ def test_a_quick_solver_is_cheaper():
     assert Adaptive().quick() == Adaptive(1e-3, 1e-3, compare=False)
 
 
+def test_probes_go_where_the_noise_is_and_their_number_stays():
+    clock = torch.linspace(0, 1, 33, dtype=torch.float64)
+    variance = 100 * torch.exp(-(((clock - 0.7) / 0.1) ** 2))
+    pilot = Pilot(clock, clock, variance, 24, Hutchinson(), 0)
+    nodes = torch.linspace(0, 1, 48, dtype=torch.float64)
+    even = torch.ones(48, dtype=torch.float64)
+    counts = torch.tensor(pilot.probes_at(nodes, even, 5))
+    assert int(counts.sum()) == 5 * 48 and int(counts.min()) == 2
+    assert abs(float(nodes[counts.argmax()]) - 0.7) < 0.05
+
+    def total(k):
+        return float((100 * torch.exp(-(((nodes - 0.7) / 0.1) ** 2)) / k).sum())
+
+    assert total(counts) < 0.5 * total(torch.tensor(5))
+    for i, j in ((33, 20), (20, 33), (33, 2), (30, 36)):  # no single move makes it better
+        moved = counts.clone()
+        moved[i] += 1
+        moved[j] -= 1
+        assert int(moved[j]) < 2 or total(moved) > total(counts) - 0.5
+    quiet = Pilot(clock, clock, 0 * variance, 24, Hutchinson(), 0)
+    assert quiet.probes_at(nodes, even, 3) == [3] * 48
+
+
+def test_probes_that_are_allotted_have_less_noise_and_know_it():
+    class Even(Hutchinson):
+        @property
+        def allots(self):
+            return False
+
+    sde, data = VPSDE(), correlated()
+    flow, x = exact_flow(sde, data), noised(data, sde, 400)
+    truth = data.log_prob(x.double(), sde, sde.t_min)
+    squares = {}
+    for kind in (Hutchinson, Even):
+        result = log_likelihood(flow, x, divergence=kind(6), generator=seeded())
+        assert result.passes == 6 * 64
+        error = (result.log_prob.double() - truth).square()
+        squares[kind] = float(error.mean())
+        reported = float(result.standard_error.double().square().mean())
+        assert abs(squares[kind] / reported - 1) < 5 * (2 / 400) ** 0.5
+    assert squares[Hutchinson] < 0.9 * squares[Even]
+
+
 def test_rows_of_orthogonal_probes_come_from_all_over_the_matrix():
     x = torch.zeros(1, 1024)
     draw = Hutchinson(1, "orthogonal", Pixel()).probes(x, seeded())

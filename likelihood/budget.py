@@ -37,7 +37,7 @@ def plan(
     so many probes would cost more than the exact trace, it is the exact trace.
 
     Samples differ, and a few have several times the error: each result carries its own. The trial
-    costs about as much as the likelihood of 50 to 100 samples.
+    costs about as much as the likelihood of 100 to 150 samples.
 
     Args:
         flow: What will be evaluated.
@@ -58,18 +58,29 @@ def plan(
     if not divergence.random:
         return FixedGrid(NODES[start]), divergence
     trial = FixedGrid(NODES[start], halve=False)
-    found = log_likelihood(
-        flow, x, solver=trial, divergence=divergence.with_probes(2), generator=_streams(1)
-    )
-    single = float(found.standard_error.double().square().mean()) * 2 * trial.nodes
+
+    def single(num_probes: int) -> float:
+        """Mean variance that one probe in all would have."""
+        found = log_likelihood(
+            flow,
+            x,
+            solver=trial,
+            divergence=divergence.with_probes(num_probes),
+            generator=_streams(1),
+        )
+        return float(found.standard_error.double().square().mean()) * num_probes * trial.nodes
+
+    even, allotted = single(2), single(4)  # two to every node; four on average
     wanted = 0.75 * standard_error**2
     tried = [(n * (FORWARD + BACKWARD * k), n, k) for n in NODES[start:] for k in PROBES]
-    enough = [choice for choice in tried if single / (choice[1] * choice[2]) <= wanted]
+    enough = [
+        (cost, n, k) for cost, n, k in tried if (even if k == 2 else allotted) / (n * k) <= wanted
+    ]
     exact = trial.nodes * (FORWARD + BACKWARD * x[0].numel())
     if exact <= min(cost for cost, _, _ in enough or tried[-1:]):
         return FixedGrid(trial.nodes), Exact()
     if not enough:
-        raise ValueError(_out_of_reach(standard_error, (single / NODES[-1] / PROBES[-1]) ** 0.5))
+        raise ValueError(_out_of_reach(standard_error, (allotted / NODES[-1] / PROBES[-1]) ** 0.5))
     _, nodes, num_probes = min(enough)
     return FixedGrid(nodes), divergence.with_probes(num_probes)
 

@@ -133,6 +133,7 @@ def choices(x: Tensor) -> dict[str, tuple[int, ll.Divergence, str]]:
         f"{LEAN} nodes, 2 probes": (LEAN, ll.Hutchinson(2), "2 probes"),
         f"{LEAN} nodes, 4 probes": (LEAN, ll.Hutchinson(4), "4 probes"),
         RICH: (64, ll.Hutchinson(8), "8 probes"),
+        "64 nodes, 4 probes of 2 tiles": (64, ll.Hutchinson(4, tiles=2), "8 probes"),
         f"{LEAN} nodes, 1 orthogonal": (LEAN, ll.Hutchinson(1, "orthogonal"), "1 probe"),
     }
     bases = {"pixels": ll.Pixel()} if x.ndim > 2 else {}

@@ -72,7 +72,8 @@ def plan(
 
     even, allotted = single(2), single(4)  # two to every node; four on average
     wanted = 0.75 * standard_error**2
-    tried = [(n * (FORWARD + BACKWARD * k), n, k) for n in NODES[start:] for k in PROBES]
+    each = BACKWARD * divergence.with_probes(1).passes(x)
+    tried = [(n * (FORWARD + each * k), n, k) for n in NODES[start:] for k in PROBES]
     enough = [
         (cost, n, k) for cost, n, k in tried if (even if k == 2 else allotted) / (n * k) <= wanted
     ]

@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice, product
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -55,9 +57,9 @@ class Divergence(ABC):
     random: ClassVar[bool] = True
 
     @property
-    def allots(self) -> bool:
-        """Whether a call of its probes may ask for another number of them than the usual."""
-        return False
+    def allots(self) -> int:
+        """Probes of a call on average, if a call may ask for another number of them; else 0."""
+        return 0
 
     @abstractmethod
     def probes(self, x: Tensor, generator: Generator = None) -> Probes:
@@ -260,6 +262,31 @@ def orthogonal(shape: tuple[int, ...], generator: Generator, like: Tensor) -> Pr
     return draw
 
 
+@lru_cache(maxsize=32)
+def colours(shape: tuple[int, ...], count: int) -> Tensor:
+    """Masks [count, *shape] of 0 and 1 that share the points of a sample out among colours.
+
+    The colour of point i is (a . i) mod count: those of one colour form a lattice, and a is the
+    one whose points are farthest apart.
+    """
+    axes = [axis for axis, size in enumerate(shape) if size > 1] or [0]
+    steps = torch.tensor(list(product(range(-5, 6), repeat=len(axes))))
+    within = (steps.abs() < torch.tensor([shape[axis] for axis in axes])).all(1)
+    steps = steps[within & (steps != 0).any(1)]
+    distance = steps.double().square().sum(1)
+    others = product(range(min(count, 16)), repeat=len(axes) - 1)
+    tried = torch.tensor([(*factors, 1) for factors in islice(others, 4096)])
+    same = (steps @ tried.T) % count == 0  # [steps, tried]
+    nearest = distance[:, None].masked_fill(~same, math.inf).amin(0)
+    best = tried[int(nearest.argmax())]
+    colour = sum(
+        int(factor) * torch.arange(shape[axis]).reshape([-1] + [1] * (len(shape) - axis - 1))
+        for axis, factor in zip(axes, best, strict=True)
+    )
+    colour = (colour % count).expand(shape)
+    return torch.stack([colour == c for c in range(count)]).float()
+
+
 PROBES = {
     "rademacher": independent(rademacher),
     "gaussian": independent(gaussian),
@@ -274,13 +301,20 @@ class Hutchinson(Divergence):
 
     Several probes share one graph: one forward pass and ``num_probes`` backward passes.
 
-    Reference: Hutchinson 1989; Grathwohl et al., FFJORD, 2019.
+    With ``tiles`` above one a probe is a set of so many vectors, each with the signs of one colour
+    and zero elsewhere, where colours are laid over the sample as a lattice (:func:`colours`):
+    :math:`\sum_c v_c^T J v_c` has the couplings of points of one colour left as noise, and those
+    of neighbours no more.
+
+    Reference: Hutchinson 1989; Grathwohl et al., FFJORD, 2019; Tang and Saad, A probing method for
+    computing the diagonal of a matrix inverse, 2012.
 
     Args:
         num_probes: k, at one evaluation. From three on it is k on average where they are drawn
             anew at every node: two or more at each, and the others where a pilot saw most noise.
         distribution: rademacher, gaussian, or orthogonal (signs, orthogonal from one evaluation
             of a path to the next; their error bar takes them for independent and is too long).
+        tiles: Vectors of one probe, one backward pass each; 1 to 64.
         basis: Where to draw them; if not given, the one of those that suit the data in which a
             pilot finds the least variance.
     """
@@ -288,8 +322,12 @@ class Hutchinson(Divergence):
     num_probes: int = 2
     distribution: str = "rademacher"
     basis: Basis | None = field(default=None)
+    tiles: int = 1
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tiles", validation.count("Hutchinson", "tiles", self.tiles))
+        if self.tiles > 64:
+            raise ValueError(f"Hutchinson takes at most 64 tiles; got tiles={self.tiles}.")
         object.__setattr__(
             self, "num_probes", validation.count("Hutchinson", "num_probes", self.num_probes)
         )
@@ -301,8 +339,9 @@ class Hutchinson(Divergence):
             )
 
     @property
-    def allots(self) -> bool:
-        return self.num_probes > LEAST and self.distribution != "orthogonal"
+    def allots(self) -> int:
+        several = self.num_probes > LEAST and self.distribution != "orthogonal"
+        return self.num_probes if several else 0
 
     def in_basis(self, basis: Basis) -> Hutchinson:
         return replace(self, basis=basis)
@@ -324,10 +363,18 @@ class Hutchinson(Divergence):
         draw = PROBES[self.distribution](shape, generator, x)
         basis = self.basis or Pixel()
         basis.check(tuple(x.shape[1:]))
-        return lambda *count: basis.to_data(draw(*count)).transpose(0, 1)
+        if self.tiles == 1:
+            return lambda *count: basis.to_data(draw(*count)).transpose(0, 1)
+        masks = colours(tuple(x.shape[1:]), self.tiles).to(x)  # [tiles, ...]
+
+        def tiled(*count: int) -> Tensor:
+            vectors = draw(*count)[:, :, None] * masks
+            return basis.to_data(vectors.flatten(1, 2)).transpose(0, 1)
+
+        return tiled
 
     def passes(self, x: Tensor) -> int:
-        return self.num_probes
+        return self.num_probes * self.tiles
 
     def kept_variance(self, estimates: Tensor) -> Spread:
         """From the spread of the probes; NaN for one, which cannot say."""
@@ -364,9 +411,10 @@ class Hutchinson(Divergence):
             )[0]
             for i, probe in enumerate(probes)
         ]
-        return torch.stack(
+        parts = torch.stack(
             [(row * probe).flatten(1).sum(1) for row, probe in zip(rows, probes, strict=True)]
         )
+        return parts.unflatten(0, (-1, self.tiles)).sum(1)
 
 
 def suited(shape: tuple[int, ...]) -> Divergence:

@@ -155,8 +155,7 @@ class FixedGrid(Solver):
         weights = self._weights(clock, x)
         counts: list[int] | None = None
         if self.fresh and divergence.allots:
-            mean = divergence.passes(x)
-            counts = pilot.probes_at(clock, weights[:, 0].cpu(), mean)
+            counts = pilot.probes_at(clock, weights[:, 0].cpu(), divergence.allots)
         z, noise, traces = self._walk(
             flow, x, clock, divergence, draw, counts, differentiable=differentiable
         )
@@ -173,7 +172,7 @@ class FixedGrid(Solver):
             clock=clock,
             trace=means.detach(),
             nfe=len(clock),
-            passes=sum(counts) if counts else len(clock) * divergence.passes(x),
+            passes=len(clock) * divergence.passes(x),
             pilot_nfe=pilot.nfe if len(flow.memory) > known else 0,
         )
         return self._compared(flow, x, path, divergence, traces.detach()) if self.halve else path

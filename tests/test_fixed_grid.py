@@ -20,6 +20,7 @@ from likelihood import (
     log_likelihood,
     plan,
 )
+from likelihood.divergence import colours
 from likelihood.result import student_quantile
 from sde_lib import (
     EDMSDE,
@@ -674,6 +675,56 @@ def test_probes_that_are_allotted_have_less_noise_and_know_it():
         reported = float(result.standard_error.double().square().mean())
         assert abs(squares[kind] / reported - 1) < 5 * (2 / 400) ** 0.5
     assert squares[Hutchinson] < 0.9 * squares[Even]
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 8, 8), (3, 8, 8), (2, 4, 4, 4), (1, 28, 28)])
+@pytest.mark.parametrize("count", [2, 4, 8, 13])
+def test_colours_share_out_a_sample_and_keep_their_points_apart(shape, count):
+    masks = colours(shape, count)
+    assert masks.shape == (count, *shape)
+    assert_close(masks.sum(0), torch.ones(shape))
+    sizes = masks.flatten(1).sum(1)
+    assert float(sizes.max()) <= 2 * float(sizes.mean()) + 1
+    for mask in masks:
+        points = mask.nonzero().double()
+        if len(points) > 1:
+            near = torch.cdist(points, points).fill_diagonal_(math.inf).min()
+            assert float(near) >= (2**0.5 if count > 2 and len(shape) > 1 else 1.4) - 1e-6
+
+
+@pytest.mark.parametrize("basis", [Pixel(), Cosine(1)], ids=str)
+@pytest.mark.parametrize(("num_probes", "tiles"), [(1, 4), (2, 4), (4, 2), (2, 5)])
+def test_tiled_probes_are_unbiased_and_know_their_error(num_probes, tiles, basis):
+    sde, data = VPSDE(), correlated()
+    x = noised(data, sde, 600, seed=4)
+    probes = Hutchinson(num_probes, basis=basis, tiles=tiles)
+    result = log_likelihood(
+        exact_flow(sde, data), x, divergence=probes, generator=seeded(5), solver=FixedGrid(48)
+    )
+    assert result.passes == 48 * num_probes * tiles and result.nfe == 48 + 25
+    truth = data.log_prob(x.double(), sde, sde.t_min)
+    error = result.log_prob.double() - truth
+    assert abs(float(error.mean())) < 5 * float(error.std()) / 600**0.5 + 2e-3
+    low, high = result.interval()
+    covered = float(((low <= truth) & (truth <= high)).double().mean())
+    assert 0.92 <= covered <= 0.99
+
+
+def test_tiles_leave_out_what_neighbours_have_in_common():
+    sde = VPSDE()
+    apart = (torch.arange(64)[:, None] - torch.arange(64)[None]).abs()
+    data = Gaussian(torch.zeros(64), covariance=torch.exp(-apart / 1.5) + 0.05 * torch.eye(64))
+    flow, x = exact_flow(sde, data), noised(data, sde, 300)
+    truth = data.log_prob(x.double(), sde, sde.t_min)
+    squares = {}
+    for num_probes, tiles in ((8, 1), (1, 8)):
+        probes = Hutchinson(num_probes, basis=Pixel(), tiles=tiles)
+        result = log_likelihood(flow, x, divergence=probes, generator=seeded())
+        assert result.passes == 8 * 64
+        squares[tiles] = float((result.log_prob.double() - truth).square().mean())
+    assert squares[8] < 0.5 * squares[1]
+    with pytest.raises(ValueError, match="at most 64 tiles"):
+        Hutchinson(tiles=65)
 
 
 def test_rows_of_orthogonal_probes_come_from_all_over_the_matrix():

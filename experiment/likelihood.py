@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiment.checkpoint import load_checkpoint, stored_config
 from experiment.data import Dataset
 from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
@@ -37,8 +36,7 @@ def likelihood(run: Run) -> None:
     data: Dataset = run.build("data")
     tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
-    stored = stored_config(path, load_checkpoint(path)).get("training", {})
-    settings.check(data, on_centres=not stored.get("dequantize", True))
+    settings.check(data, on_centres=not run.config["training"].get("dequantize", True))
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")

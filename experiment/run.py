@@ -162,8 +162,9 @@ class Run:
         ``checkpoint=PATH``.
 
         Network, process and parameterization come from the configuration *stored with it*, and
-        asking for others is an error; the rest is this run's own. What is made from another run's
-        checkpoint goes to that run, or where run.root and run.name say.
+        asking for others is an error; ``training`` says how that model was trained; the rest is
+        this run's own. What is made from another run's checkpoint goes to that run, or where
+        run.root and run.name say.
 
         Raises:
             RunError: If there is none, saying what to do; or if it cannot be used.
@@ -175,7 +176,7 @@ class Run:
         stored = stored_config(path, state)
         try:
             parts = {part: stored[part] for part in ("sde", "network", "parameterization")}
-            trained_on = {"data": stored["data"]}
+            trained_on, training = {"data": stored["data"]}, {**stored.get("training", {})}
             measured = {
                 "shape": parts["network"].get("shape"),
                 "data_std": parts["parameterization"].get("data_std"),
@@ -201,7 +202,8 @@ class Run:
                 f"it holds a model of other choices ({'; '.join(other)})",
                 "leave these out, or train with them",
             )
-        run = replace(self, config={**self.config, **parts, "run": self._home(path)})
+        kept = {**parts, "training": training, "run": self._home(path)}
+        run = replace(self, config={**self.config, **kept})
         model = run.build_model()
         load_weights(model, state.get("ema"), path)
         return (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
+from types import ModuleType
 from typing import TypeVar
 
 from experiment.errors import RunError
@@ -54,12 +56,8 @@ def gathered(parts: list[Part]) -> list[Part]:
     """
     if world_size() == 1:
         return parts
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
     everyone: list[list[Part]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(everyone, parts)
+    _together().all_gather_object(everyone, parts)
     return [part for one in everyone for part in one]
 
 
@@ -67,16 +65,21 @@ def first_alone(make: Callable[[], Part]) -> Part:
     """``make`` in the first process, then in the others, which find what it has left on disk."""
     if world_size() == 1:
         return make()
+    if rank() > 0:
+        _together().barrier()
+        return make()
+    made = make()
+    _together().barrier()
+    return made
+
+
+def _together() -> ModuleType:
+    """torch.distributed, joined; a process waits for others as long as their work takes."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    if rank() == 0:
-        made = make()
-        dist.barrier()
-        return made
-    dist.barrier()
-    return make()
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+    return dist
 
 
 def halving(solve: Callable[[range], Part], rows: range) -> list[Part]:

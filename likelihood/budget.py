@@ -37,7 +37,7 @@ def plan(
     so many probes would cost more than the exact trace, it is the exact trace.
 
     Samples differ, and a few have several times the error: each result carries its own. The trial
-    costs about as much as the likelihood of 100 to 150 samples.
+    costs about as much as the likelihood of one to two hundred samples.
 
     Args:
         flow: What will be evaluated.

@@ -155,7 +155,8 @@ class FixedGrid(Solver):
         weights = self._weights(clock, x)
         counts: list[int] | None = None
         if self.fresh and divergence.allots:
-            counts = pilot.probes_at(clock, weights[:, 0].cpu(), divergence.allots)
+            here = quadrature_weights(clock, self.chosen_order + 1)  # without a wait
+            counts = pilot.probes_at(clock, here, divergence.allots)
         z, noise, traces = self._walk(
             flow, x, clock, divergence, draw, counts, differentiable=differentiable
         )

@@ -1,6 +1,7 @@
 """Work on a test set: halved where memory runs out, shared by processes, the same numbers."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +64,17 @@ def test_shares_are_a_partition(world, count, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         rows += shards.share(count)
     assert rows == list(range(count))
+
+
+@pytest.mark.parametrize(("rank", "wanted"), [(0, ["make", "wait"]), (1, ["wait", "make"])])
+def test_the_first_process_makes_what_the_others_find(rank, wanted, monkeypatch):
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    waiting = SimpleNamespace(barrier=lambda: seen.append("wait"))
+    monkeypatch.setattr(shards, "_together", lambda: waiting)
+    assert shards.first_alone(lambda: seen.append("make") or 7) == 7
+    assert seen == wanted
 
 
 def test_only_the_likelihood_is_shared(monkeypatch):

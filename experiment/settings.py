@@ -26,6 +26,7 @@ from likelihood import (
     suited,
 )
 from sde_lib import ProbabilityFlow, validation
+from sde_lib.samplers import SamplingError
 
 UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
 DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
@@ -185,7 +186,7 @@ def chosen(
     wanted = f"{settings.budget:g} {UNITS[data.units.metric]} ({nats:.3g} nats) a sample"
     try:
         found = plan(planned, like, nats, divergence=divergence)
-    except ValueError as error:
+    except (ValueError, SamplingError) as error:
         raise ValueError(f"likelihood.budget, {wanted}: {error}") from error
     flow.memory.update(planned.memory)
     say(f"for a standard error of {wanted}: {found[0]}, {found[1]}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from likelihood.divergence import Divergence, Exact, suited
 from likelihood.latents import decode
+from likelihood.memory import in_halves
 from likelihood.ode import log_likelihood
+from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid
 from sde_lib import validation
 from sde_lib.noise import PerSample
@@ -48,12 +52,11 @@ def plan(
 
     Raises:
         ValueError: If 512 nodes of 32 probes do not reach it; says what they reach.
+        SamplingError: If the score is not finite on samples of the model.
     """
     validation.real("plan", "standard_error", standard_error, above=0)
     divergence = divergence or suited(tuple(like.shape[1:]))
-    shape = (SAMPLES, *like.shape[1:])
-    prior = flow.sde.prior_sample(shape, generator=_streams(0), dtype=torch.float64)
-    x = decode(flow, prior.to(like))
+    x = _own_samples(flow, like)
     start = _enough_nodes(flow, x, divergence.with_probes(1), standard_error / 2)
     if not divergence.random:
         return FixedGrid(NODES[start]), divergence
@@ -61,14 +64,9 @@ def plan(
 
     def single(num_probes: int) -> float:
         """Mean variance that one probe in all would have."""
-        found = log_likelihood(
-            flow,
-            x,
-            solver=trial,
-            divergence=divergence.with_probes(num_probes),
-            generator=_streams(1),
-        )
-        return float(found.standard_error.double().square().mean()) * num_probes * trial.nodes
+        some = divergence.with_probes(num_probes)
+        error = _tried(flow, x, trial, some, lambda found: found.standard_error)
+        return float(error.square().mean()) * num_probes * trial.nodes
 
     even, allotted = single(2), single(4)  # two to every node; four on average
     wanted = 0.75 * standard_error**2
@@ -91,15 +89,43 @@ def _enough_nodes(flow: ProbabilityFlow, x: Tensor, divergence: Divergence, want
     error = 0.0
     for i, nodes in enumerate(NODES):
         kept = FixedGrid(nodes, fresh=False)
-        found = log_likelihood(flow, x, solver=kept, divergence=divergence, generator=_streams(1))
-        error = float(found.solver_error.double().quantile(MOST))
+        found = _tried(flow, x, kept, divergence, lambda found: found.solver_error)
+        error = float(found.quantile(MOST))
         if error <= wanted:
             return i
     raise ValueError(_out_of_reach(2 * wanted, 2 * error))
 
 
-def _streams(purpose: int) -> PerSample:
-    return PerSample(range(SEED * (purpose + 1), SEED * (purpose + 1) + SAMPLES))
+def _own_samples(flow: ProbabilityFlow, like: Tensor) -> Tensor:
+    """Samples of the model itself, [SAMPLES, ...]; in halves where memory runs out."""
+
+    def drawn(rows: range) -> Tensor:
+        shape = (len(rows), *like.shape[1:])
+        prior = flow.sde.prior_sample(shape, generator=_streams(1, rows), dtype=torch.float64)
+        return decode(flow, prior.to(like))
+
+    return torch.cat(in_halves(drawn, range(SAMPLES)))
+
+
+def _tried(
+    flow: ProbabilityFlow,
+    x: Tensor,
+    solver: FixedGrid,
+    divergence: Divergence,
+    pick: Callable[[LogLikelihood], Tensor],
+) -> Tensor:
+    """What is picked of the likelihood of each sample, [SAMPLES] float64; in halves as above."""
+
+    def solved(rows: range) -> Tensor:
+        some, streams = x[rows.start : rows.stop], _streams(2, rows)
+        found = log_likelihood(flow, some, solver=solver, divergence=divergence, generator=streams)
+        return pick(found).double()
+
+    return torch.cat(in_halves(solved, range(SAMPLES)))
+
+
+def _streams(purpose: int, rows: range) -> PerSample:
+    return PerSample([SEED * purpose + row for row in rows])
 
 
 def _out_of_reach(wanted: float, best: float) -> str:

@@ -260,8 +260,8 @@ def test_a_failed_sample_leaves_the_weighed_others_their_values():
         def forward(self, x, noise_level, cond=None):
             return torch.where(first(x, noise_level), math.nan, super().forward(x, noise_level))
 
-    def first(x, noise_level):  # of every batch of 6 rows, which is 2 samples of 3 draws
-        bad = (torch.arange(len(x)) < 3) & (len(x) == 6)
+    def first(x, noise_level):  # two of the three draws of the first of two samples
+        bad = (torch.arange(len(x)) < 2) & (len(x) == 6)
         return bad[:, None] & (noise_level.max() < -3)
 
     data = levels_data(4)
@@ -334,6 +334,10 @@ def test_a_budget_is_in_the_unit_of_the_metric(capsys):
     assert found.pilot_nfe > 33 * 16  # the trial as well
     error = torch.hypot(found.errors["probe_error"], found.errors["solver_error"])
     assert float(error.median()) < 0.1
+    broken = model_of(UniformNoise())
+    broken.network.noise = lambda y, rho: y * math.nan
+    with pytest.raises(ValueError, match=r"likelihood\.budget, 0.1 bits/dim .* not finite"):
+        evaluate(broken, data, settings, seed=0)
     with pytest.raises(ValueError, match=r"likelihood\.budget, 1e-12 bits/dim .* out of reach"):
         evaluate(slanted_model(), data, replace(settings, budget=1e-12), seed=0)
 

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from experiment import shards
 from experiment.errors import RunError
+from experiment.estimators import estimate
 from experiment.evaluation import evaluate
 from experiment.settings import Likelihood
 from likelihood import FixedGrid, Hutchinson
@@ -39,6 +40,22 @@ def test_batches_that_do_not_fit_are_halved_and_every_sample_stays_the_same(caps
     assert_close(halved.per_sample, whole.per_sample, rtol=0, atol=1e-5)
     assert halved.nfe == whole.nfe and halved.passes == whole.passes
     assert "out of memory with 10 samples at once" in capsys.readouterr().out
+
+
+def test_a_plan_and_a_calibration_are_halved_as_well():
+    data = levels_data(11)
+    settings = replace(SETTINGS, budget=0.2, draws=1, bounds=4)
+    whole, halved = (
+        evaluate(model, data, settings, seed=1) for model in (slanted_model(), small_model())
+    )
+    assert halved.how == whole.how
+    assert_close(halved.per_sample, whole.per_sample, rtol=0, atol=1e-5)
+    one, other = (
+        estimate(model, data, settings, whole, seed=1)
+        for model in (slanted_model(), small_model())
+    )
+    for name, (value, _) in one.values.items():
+        assert other.values[name][0] == pytest.approx(value, abs=1e-5)
 
 
 def test_a_single_sample_that_does_not_fit_says_what_to_do(monkeypatch):

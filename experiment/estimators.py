@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from experiment.data import Dataset
-from experiment.evaluation import Evaluation
+from experiment.evaluation import Evaluation, foretell
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams, stream
 from experiment.settings import UNITS, Likelihood, per_nat, units_of
-from experiment.shards import gathered, halving, share
+from experiment.shards import gathered, halving, rank, share
 from likelihood import (
     BinDecoder,
     DensityDecoder,
@@ -136,12 +137,13 @@ def estimate(
         }
         return {name: value.cpu().double() for name, value in found.items()}
 
-    own = share(ode.num_samples)
-    parts = [
-        part
-        for start in progress(range(own.start, own.stop, settings.batch_size), "bounds")
-        for part in halving(solve, range(start, min(start + settings.batch_size, own.stop)))
-    ]
+    own, began = share(ode.num_samples), time.monotonic()
+    starts = range(own.start, own.stop, settings.batch_size)
+    parts: list[dict[str, Tensor]] = []
+    for start in progress(starts, "bounds"):
+        parts += halving(solve, range(start, min(start + settings.batch_size, own.stop)))
+        if start == own.start and rank() == 0:
+            foretell("bounds", (time.monotonic() - began) * (len(starts) - 1), ode.num_samples)
     rows = gathered(parts)
     found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     return _estimates(found, data, ode, steps)

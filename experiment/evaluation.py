@@ -176,7 +176,7 @@ def evaluate(
     for start in progress(starts, description):
         parts += halving(solve, range(start, min(start + settings.batch_size, own.stop)))
         if start == own.start and rank() == 0:
-            _foretell(description, (time.monotonic() - began) * (len(starts) - 1), len(test))
+            foretell(description, (time.monotonic() - began) * (len(starts) - 1), len(test))
     rows = gathered(parts)
     if isinstance(solver, FixedGrid):  # in the basis that the pilot chose
         like = torch.empty(1, *data.shape, device=device)
@@ -194,7 +194,7 @@ def evaluate(
     return result
 
 
-def _foretell(description: str, seconds: float, count: int) -> None:
+def foretell(description: str, seconds: float, count: int) -> None:
     """Say after the first batch what would otherwise be found out after hours."""
     if seconds > LONG:
         say(

@@ -46,6 +46,13 @@ def likelihood(run: Run) -> None:
                 lambda: dequantizer(settings, data, model, run.path, label, seed=run.seed)
             )
             result = evaluate(model, data, settings, seed=run.seed, dequantization=made)
+            if rank() == 0:  # before the bounds, which may take longer
+                show(result, data, f"test set under {path}")
+                part = (
+                    "" if result.num_samples == len(data.test) else f"-first-{result.num_samples}"
+                )
+                values = keep_samples(run.path, result, label + part, run.seed)
+                say(f"each sample: {values}")
             bounds = (
                 estimate(model, data, settings, result, seed=run.seed, dequantization=made)
                 if settings.bounds
@@ -55,7 +62,6 @@ def likelihood(run: Run) -> None:
             raise _kept(error, run.path, label) from error
         if rank() > 0:
             return  # the first process has all results and writes them
-        show(result, data, f"test set under {path}")
         if bounds is not None:
             show_estimates(bounds)
         name = path.name if own else str(path.absolute())
@@ -63,9 +69,7 @@ def likelihood(run: Run) -> None:
         if own:  # the record and its views are those of this run's training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
-    part = "" if result.num_samples == len(data.test) else f"-first-{result.num_samples}"
-    values = keep_samples(run.path, result, label + part, run.seed)
-    say(f"each sample: {values}\nreport: {write_report(run.path)}")
+    say(f"report: {write_report(run.path)}")
 
 
 def _kept(error: SamplingError, folder: Path, label: str) -> RunError:

@@ -119,6 +119,16 @@ def test_a_model_of_bin_centres_has_its_three_estimates_at_the_centres():
     assert "out of order" not in found.order
 
 
+def test_bounds_of_hours_say_so_after_their_first_batch(monkeypatch, capsys):
+    monkeypatch.setattr("experiment.evaluation.LONG", 0.0)
+    settings = replace(SETTINGS, bounds=4, batch_size=20)
+    model = slanted_model()
+    ode = evaluate(model, DATA, replace(settings, batch_size=500), seed=0)
+    assert capsys.readouterr().out == ""
+    estimate(model, DATA, settings, ode, seed=0)
+    assert capsys.readouterr().out.startswith("bounds of 60 samples: about 0 minutes from here")
+
+
 def test_levels_start_at_noise_of_half_a_bin():
     flow = probability_flow(VPSDE(), lambda x, t: -x)
     times = _levels(flow, levels_data(4), 10)

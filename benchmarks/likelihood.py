@@ -33,7 +33,11 @@ LEAN = 44  # nodes: 0.45 of the 98 evaluations that the peers take at least at 1
 FEW = 64  # dimensions up to which the exact trace is tried too
 FINE = 300  # nodes of the float64 solve that integration errors are taken against
 BARE = ", no half grid"
-RICH = "64 nodes, 8 probes"
+TILED = {  # nodes and divergence of those with two vectors a probe, on images
+    "44 nodes, 2 probes of 2 tiles": (44, ll.Hutchinson(2, tiles=2), "4 probes"),
+    "44 nodes, 4 probes of 2 tiles": (44, ll.Hutchinson(4, tiles=2), "8 probes"),
+    "64 nodes, 4 probes of 2 tiles": (64, ll.Hutchinson(4, tiles=2), "8 probes"),
+}
 
 
 class AnyPrecision(ll.Hutchinson):
@@ -132,10 +136,9 @@ def choices(x: Tensor) -> dict[str, tuple[int, ll.Divergence, str]]:
         f"{LEAN} nodes, 1 probe": (LEAN, ll.Hutchinson(1), "1 probe"),
         f"{LEAN} nodes, 2 probes": (LEAN, ll.Hutchinson(2), "2 probes"),
         f"{LEAN} nodes, 4 probes": (LEAN, ll.Hutchinson(4), "4 probes"),
-        RICH: (64, ll.Hutchinson(8), "8 probes"),
-        "64 nodes, 4 probes of 2 tiles": (64, ll.Hutchinson(4, tiles=2), "8 probes"),
         f"{LEAN} nodes, 1 orthogonal": (LEAN, ll.Hutchinson(1, "orthogonal"), "1 probe"),
     }
+    found |= TILED if x.ndim > 2 else {}
     bases = {"pixels": ll.Pixel()} if x.ndim > 2 else {}
     bases |= {"DCT of each channel": ll.Cosine(2)} if x.ndim > 3 and x.shape[1] > 1 else {}
     for name, basis in bases.items():
@@ -301,7 +304,7 @@ def measure(target: Target, quick: bool) -> None:
     print()
     trained = target.name in NETWORKS
     lean = f"{LEAN} nodes, {4 if trained else 2} probes" + BARE
-    for name in (lean, RICH + BARE, "default") if trained else (lean,):
+    for name in (lean, *(name + BARE for name in TILED), "default") if trained else (lean,):
         for other, peer in peers.items():
             judge(target.name, f"{name} against {other}", own[name], peer)
     for unit, most in (

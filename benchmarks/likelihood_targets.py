@@ -140,7 +140,7 @@ def mixture(name: str, samples: int | None) -> Target:
 
 
 def network(name: str, checkpoint: Path, samples: int | None) -> Target:
-    """A trained network on its test set; the truth is a finer grid with more probes."""
+    """A trained network on its test set; the truth is a finer grid with many more probes."""
     from run import instantiate
 
     state = load_checkpoint(checkpoint)
@@ -158,7 +158,7 @@ def network(name: str, checkpoint: Path, samples: int | None) -> Target:
         flow,
         x,
         solver=FixedGrid(192),
-        divergence=Pilot.of(flow, x, Hutchinson()).divergence.with_probes(8),
+        divergence=replace(Pilot.of(flow, x, Hutchinson()).divergence, num_probes=4, tiles=8),
         generator=PerSample(range(10**6, 10**6 + len(x))),  # those to be judged take the first
     )
     print(f"\n{checkpoint}: solver error of the reference {fine.solver_error.max():.2g}")

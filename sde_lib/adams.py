@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import validation
+from sde_lib.sde import expand_like
 
 
 def interpolation_weights(points: Tensor, start: float, end: float) -> Tensor:
@@ -46,10 +47,16 @@ def quadrature_weights(nodes: Tensor, order: int) -> Tensor:
 class Adams:
     r"""Adams predictor-corrector in uneven steps, one evaluation a node (PEC).
 
-    From z_n and the rates at the last nodes, the Adams-Bashforth rule of order p - 1 predicts
+    From z_n and the rates at the last nodes, the Adams-Bashforth rule of order p predicts
     z_{n+1}, the rate is evaluated there, and the Adams-Moulton rule of order p, which uses it,
     corrects. The error falls like the power p of the spacing; the first steps, with fewer rates
     behind them, are of lower order.
+
+    For the state a predictor of order p - 1 would do. But what else is seen of a network at the
+    predicted point, its trace above all, is as wrong as that point: on a U-Net for MNIST order p
+    took 2 nats of log p off, at 44 nodes. Where a sample passes from one mode to another within a
+    step it overshoots, so that each sample falls back to order p - 1 wherever the last order
+    would correct the guess by more than the one before it did.
 
     Reference: Hairer, Norsett, Wanner, Solving Ordinary Differential Equations I, chapter III.
 
@@ -75,26 +82,40 @@ class Adams:
             start: State at the first node.
         """
         state, rates = start, [rate(0, start)]
-        for i, (predict, correct) in enumerate(self.tables, start=1):
-            guess = _advanced(state, predict, rates)
-            rates = [*rates[1 - self.order :], rate(i, guess)]
+        for i, (predictors, correct) in enumerate(self.tables, start=1):
+            guesses = [_advanced(state, predict, rates) for predict in predictors]
+            rates = [*rates, rate(i, _settled(guesses))]
             state = _advanced(state, correct, rates)
+            rates = rates[-self.order :]
         return state
 
     @property
-    def tables(self) -> list[tuple[list[float], list[float]]]:
-        """Weights of each step's predictor and corrector, oldest rate first."""
+    def tables(self) -> list[tuple[list[list[float]], list[float]]]:
+        """Weights of each step's predictors, of falling order, and of its corrector; the oldest
+        rate first."""
         rows = []
         for i in range(1, len(self.nodes)):
             interval = float(self.nodes[i - 1]), float(self.nodes[i])
+            most = min(i, self.order)
+            predictors = [
+                interpolation_weights(self.nodes[i - order : i], *interval).tolist()
+                for order in range(most, max(most - 3, 0), -1)
+            ]
             through = self.nodes[max(0, i + 1 - self.order) : i + 1]
-            rows.append(
-                (
-                    interpolation_weights(through[:-1], *interval).tolist(),
-                    interpolation_weights(through, *interval).tolist(),
-                )
-            )
+            rows.append((predictors, interpolation_weights(through, *interval).tolist()))
         return rows
+
+
+def _settled(guesses: list[Tensor]) -> Tensor:
+    """Of up to three guesses of falling order the first, or, sample by sample, the second where
+    these two differ by more than the last two do."""
+    if len(guesses) < 3:
+        return guesses[0]
+    best, second, third = guesses
+    last, before = (
+        step.reshape(len(step), -1).square().sum(1) for step in (best - second, second - third)
+    )
+    return torch.where(expand_like(last < before, best), best, second)
 
 
 def _advanced(state: Tensor, weights: list[float], rates: list[Tensor]) -> Tensor:

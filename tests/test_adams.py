@@ -59,6 +59,21 @@ def test_adams_converges_at_its_stated_order_with_one_evaluation_a_node(order):
     assert order - 0.3 < slope < order + 0.6
 
 
+def test_a_sample_that_turns_sharply_is_predicted_at_one_order_less():
+    nodes, seen = torch.linspace(0, 8, 9, dtype=torch.float64), []
+
+    def rate(i, y):
+        seen.append(y)
+        return torch.tensor([[float(i)], [float(i == 4)]], dtype=torch.float64)
+
+    Adams(nodes, 3).solve(rate, torch.zeros(2, 1, dtype=torch.float64))
+    # the first sample's rate is a line, of which every order but the first predicts u² / 2
+    assert_close(seen[6][0, 0].item(), 18.0)
+    # the second has seen 0, 1, 0: corrected to 5/12 and 13/12, from there order 3 would go down
+    # by 16/12, and order 2 by 6/12
+    assert_close(seen[6][1, 0].item(), 13 / 12 - 6 / 12)
+
+
 @pytest.mark.parametrize("order", [0, 1, 7, 2.5])
 def test_orders_out_of_range_are_refused(order):
     with pytest.raises(ValueError, match="order"):

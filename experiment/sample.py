@@ -13,6 +13,7 @@ from torch import Tensor
 
 from experiment import figures
 from experiment.data import Dataset
+from experiment.fitted import fitted
 from experiment.plane import draw_plane
 from experiment.progress import progress, say
 from experiment.report import write_report
@@ -49,6 +50,9 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     tracker = Safe(run.build("tracking"))
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
+    like, folder = torch.zeros(1, *data.shape, device=run.device()), run.path / "samples"
+    asked_for = repr(sampler)
+    sampler = fitted(sampler, model, like, checkpoint=path, folder=folder)
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         began = time.monotonic()
         parts, seeds, states, nfe = [], [], [], 0
@@ -63,9 +67,8 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
             states = states or trajectory
         seconds = time.monotonic() - began
         values = data.units.decode(torch.cat(parts))
-        folder = run.path / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        asked = f"{sampler!r} {run.seed} {num_samples} {path.absolute()}"
+        asked = f"{asked_for} {run.seed} {num_samples} {path.absolute()}"
         digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
         kind = f"{type(sampler).__name__.lower()}-{nfe}"
         array = folder / f"samples-{iteration:08d}-{kind}-{digest}.npz"
@@ -75,11 +78,11 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
             seeds=np.array(seeds, dtype=np.uint64),
             nfe=nfe,
             seconds=seconds,
-            sampler=repr(sampler),
+            sampler=asked_for,
             checkpoint=str(path),
         )
         say(
-            f"{num_samples} samples by {sampler!r}, {nfe} evaluations each, "
+            f"{num_samples} samples by {asked_for}, {nfe} evaluations each, "
             f"{seconds:.1f} s: {array}"
         )
         picture = draw_pictures(run, model, data, iteration, values, states)

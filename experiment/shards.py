@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from experiment.errors import RunError
 from experiment.progress import say
-from likelihood.memory import in_halves
+from sde_lib.memory import in_halves
 
 Part = TypeVar("Part")
 

@@ -15,7 +15,7 @@ FOOTER = """\
 Examples
   python run.py sde=vp mode=train                  real 8x8 digits on a CPU, minutes
   python run.py mode=likelihood                    the newest checkpoint of that run
-  python run.py mode=sample sampler=heun sampler.steps=18
+  python run.py mode=sample sampler.steps=20
   python run.py data=two_moons mode=train          2-D data with known entropy
 
 Results     runs/<data>-<sde>-<network>/: report.html, metrics.jsonl, checkpoints, samples

@@ -12,7 +12,6 @@ from torch import Tensor
 from likelihood.checked import check_batch, check_finite
 from likelihood.comparison import variance_of_mean
 from likelihood.decoders import Decoder, DensityDecoder
-from likelihood.memory import in_halves
 from likelihood.reverse_variance import (
     AnalyticVariance,
     ReverseVariance,
@@ -22,6 +21,7 @@ from likelihood.reverse_variance import (
 from sde_lib import validation
 from sde_lib.counting import Counted
 from sde_lib.grids import UniformLogSNR
+from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, rand, randn_like
 from sde_lib.reverse import ProbabilityFlow, Score
 from sde_lib.sde import SDE, Level, expand_like

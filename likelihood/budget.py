@@ -9,11 +9,11 @@ from torch import Tensor
 
 from likelihood.divergence import Divergence, Exact, suited
 from likelihood.latents import decode
-from likelihood.memory import in_halves
 from likelihood.ode import log_likelihood
 from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid
 from sde_lib import validation
+from sde_lib.memory import in_halves
 from sde_lib.noise import PerSample
 from sde_lib.reverse import ProbabilityFlow
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from likelihood.basis import Basis
 from likelihood.divergence import LEAST, Divergence, Probes
-from likelihood.memory import in_halves
 from sde_lib.adams import Adams
+from sde_lib.grids import interpolated
+from sde_lib.memory import in_halves
 from sde_lib.noise import PerSample
 from sde_lib.reverse import ProbabilityFlow
 
@@ -159,14 +160,6 @@ def _watched(
 
     Adams(clock, order=2).solve(rate, x.to(like.device) / flow.scale(levels[0]))
     return torch.stack(seen, dim=1)
-
-
-def interpolated(at: Tensor, points: Tensor, values: Tensor) -> Tensor:
-    """Linear interpolation of ``values`` at increasing ``points``, evaluated ``at`` [N]."""
-    cell = (torch.searchsorted(points, at) - 1).clamp(0, len(points) - 2)
-    width = (points[cell + 1] - points[cell]).clamp(min=1e-300)
-    share = ((at - points[cell]) / width).clamp(0, 1)
-    return values[cell] + share * (values[cell + 1] - values[cell])
 
 
 def _two_or_more(source: Probes) -> Tensor:

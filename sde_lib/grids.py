@@ -115,6 +115,49 @@ class Subsequence(Grid):
         return sde.times_of(_strictly_decreasing(wanted))
 
 
+@dataclass(frozen=True)
+class FittedGrid(Grid):
+    """Steps as dense as was found right for a model; :func:`sde_lib.samplers.fitted_grid` makes
+    one.
+
+    Args:
+        clock: u = log(sigma/alpha) from noise to data, decreasing, [M].
+        density: Steps per unit of u there, > 0, up to a factor; linear in between.
+    """
+
+    clock: tuple[float, ...]
+    density: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        clock, density = (torch.tensor(part) for part in (self.clock, self.density))
+        fits = len(clock) == len(density) >= 2 and bool((clock.diff() < 0).all())
+        if not (fits and bool((density > 0).all()) and bool(torch.isfinite(density).all())):
+            raise ValueError(
+                "FittedGrid needs a decreasing clock and as many densities, two at least, all "
+                f"finite and > 0; got {len(clock)} and {len(density)} of them."
+            )
+
+    def times(self, sde: SDE, fractions: Tensor) -> Tensor:
+        clock = torch.tensor(self.clock, dtype=torch.float64)
+        fine = torch.linspace(0, len(clock) - 1, 32 * len(clock) + 1, dtype=torch.float64)
+        u = interpolated(fine, torch.arange(len(clock)).double(), clock)
+        density = interpolated(
+            fine,
+            torch.arange(len(clock)).double(),
+            torch.tensor(self.density, dtype=torch.float64),
+        )
+        mass = torch.cat([torch.zeros(1), torch.cumulative_trapezoid(density, -u)])
+        return sde.time_at(-2 * interpolated(fractions * mass[-1], mass, u))
+
+
+def interpolated(at: Tensor, points: Tensor, values: Tensor) -> Tensor:
+    """Linear interpolation of ``values`` at increasing ``points``, evaluated ``at`` [N]."""
+    cell = (torch.searchsorted(points, at.contiguous()) - 1).clamp(0, len(points) - 2)
+    width = (points[cell + 1] - points[cell]).clamp(min=1e-300)
+    share = ((at - points[cell]) / width).clamp(0, 1)
+    return values[cell] + share * (values[cell + 1] - values[cell])
+
+
 def _strictly_decreasing(levels: Tensor) -> Tensor:
     """Nearest strictly decreasing integers with the same ends: neighbours that collide move up."""
     spread = levels.tolist()  # on the CPU, before any step

@@ -17,9 +17,12 @@ from sde_lib.grids import Subsequence, UniformLogSNR, UniformTime
 from sde_lib.oracles import GaussianMixture
 from sde_lib.samplers import (
     DDIM,
+    DEIS,
     AdaptiveODE,
     Ancestral,
     AnnealedLangevin,
+    DPMSolver,
+    DPMSolverPP,
     EulerMaruyama,
     Heun,
     LangevinCorrector,
@@ -28,6 +31,8 @@ from sde_lib.samplers import (
     Sampler,
     SamplingError,
     TorchSDE,
+    UniPC,
+    VelocityAdams,
 )
 from sde_lib.sde import Level
 
@@ -38,6 +43,15 @@ FLOW = {
     "ddim": DDIM,
     "heun": Heun,
     "euler": partial(EulerMaruyama, eta=0.0, grid=UniformLogSNR()),
+    "deis": DEIS,
+    "dpm_solver": DPMSolver,
+    "dpm_solver_2": partial(DPMSolver, order=2),
+    "dpmpp_2m": DPMSolverPP,
+    "dpmpp_3m": partial(DPMSolverPP, order=3),
+    "dpmpp_2s": partial(DPMSolver, order=2, prediction="data"),
+    "unipc": UniPC,
+    "unipc_noise": partial(UniPC, order=1, prediction="noise"),
+    "velocity_adams": VelocityAdams,
 }
 STOCHASTIC = {
     "euler_maruyama": EulerMaruyama,
@@ -45,6 +59,8 @@ STOCHASTIC = {
     "ancestral": Ancestral,
     "ancestral_half": partial(Ancestral, eta=0.5),
     "heun_churn": partial(Heun, churn=20.0),
+    "deis_half": partial(DEIS, eta=0.5, order=2),
+    "sde_dpmpp_2m": partial(DPMSolverPP, eta=1.0),
     "predictor_corrector": PredictorCorrector,
     "torchsde": TorchSDE,
 }
@@ -126,7 +142,7 @@ def test_ancestral_on_a_ddpm_grid_draws_the_posterior_of_the_betas() -> None:
 
     plan = Ancestral(99, grid=Subsequence(UniformTime())).plan(sde)
 
-    assert len(plan) == 99
+    assert len(plan.moves) == 99
     for i, (move, now, nxt) in zip(range(99, 0, -1), plan, strict=True):  # level i + 1 -> level i
 
         def score(x: Tensor, t: Tensor, now: Level = now) -> Tensor:
@@ -217,6 +233,16 @@ def test_sample_i_is_the_same_alone_and_in_a_batch_of_7_and_of_64(
         (PredictorCorrector(10), 21),
         (PredictorCorrector(10, corrections=3), 41),
         (PredictorCorrector(10, predictor=Heun()), 31),
+        (PredictorCorrector(10, predictor=DPMSolverPP(eta=1.0)), 21),
+        (DEIS(10), 11),
+        (DPMSolver(9), 10),
+        (DPMSolver(10), 11),
+        (DPMSolver(11), 12),
+        (DPMSolver(7, order=2), 8),
+        (DPMSolverPP(10), 11),
+        (UniPC(10), 11),
+        (VelocityAdams(10, grid=UniformLogSNR()), 11),
+        (VelocityAdams(10), 11 + 64),
         (AnnealedLangevin(10, inner_steps=5), 51),
         (TorchSDE(10), 12),
         (TorchSDE(10, method="heun"), 22),
@@ -296,6 +322,17 @@ def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMi
             "TorchSDE needs method to be one of euler, .*; got method='rk4'",
         ),
         (lambda: TorchSDE(eta=0.0), "TorchSDE needs eta to be a finite number > 0"),
+        (lambda: DEIS(order=5), "DEIS has orders 1 to 4; got order=5"),
+        (lambda: DEIS(eta=-1.0), "DEIS needs eta to be a finite number >= 0"),
+        (lambda: DPMSolverPP(order=4), "DPMSolverPP has orders 1 to 3"),
+        (lambda: DPMSolverPP(lower_order_final=1), "lower_order_final to be true or false"),
+        (lambda: UniPC(prediction="v"), "prediction to be one of data, noise; got prediction='v'"),
+        (lambda: UniPC(corrector="yes"), "corrector to be true or false"),
+        (lambda: DPMSolver(order=4), "DPMSolver has orders 1 to 3"),
+        (lambda: DPMSolver(10, lower_order_final=False), "multiple of the order 3; got steps=10"),
+        (lambda: VelocityAdams(order=6), "VelocityAdams has orders 1 to 5"),
+        (lambda: PredictorCorrector(predictor=UniPC()), "UniPC goes on from one that it remem"),
+        (lambda: PredictorCorrector(predictor=DPMSolver()), "DPMSolver goes on from one that it"),
     ],
 )
 def test_impossible_samplers_are_refused_with_the_reason(
@@ -325,7 +362,12 @@ def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make) -> None:
     device = torch.device("cuda")
     sde, generator = VPSDE(), torch.Generator(device).manual_seed(0)
     x = sde.prior_sample((64, 8), generator=generator, device=device)
-    moves = make(20).trajectory(lambda x, t: -x, sde, x, generator=generator)  # unit-variance data
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return -x  # of unit-variance data
+
+    sampler = make(20).fitted(score, sde, x)
+    moves = sampler.trajectory(score, sde, x, generator=generator)
     next(moves)  # the levels have moved to the device
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

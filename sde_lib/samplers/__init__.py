@@ -1,13 +1,24 @@
 """Samplers: each one short step over two levels, or one adapter to a solver library."""
 
 from sde_lib.samplers.adaptive import AdaptiveODE
-from sde_lib.samplers.base import FixedStepSampler, Sampler, SamplingError
+from sde_lib.samplers.base import FixedStepSampler, OneStepSampler, Plan, Sampler, SamplingError
+from sde_lib.samplers.dpm_solver import DPMSolver
 from sde_lib.samplers.heun import Heun
 from sde_lib.samplers.langevin import AnnealedLangevin, LangevinCorrector, PredictorCorrector
+from sde_lib.samplers.multistep import DEIS, DPMSolverPP, UniPC
 from sde_lib.samplers.predictors import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
 from sde_lib.samplers.torchsde_adapter import TorchSDE
+from sde_lib.samplers.velocity import VelocityAdams, fitted_grid
 
 __all__ = [
+    "DEIS",
+    "DPMSolver",
+    "DPMSolverPP",
+    "UniPC",
+    "VelocityAdams",
+    "fitted_grid",
+    "OneStepSampler",
+    "Plan",
     "DDIM",
     "AdaptiveODE",
     "Ancestral",

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, is_dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,39 @@ from sde_lib.reverse import Score
 from sde_lib.sde import SDE, Level
 
 Noise = Callable[[], Tensor]
-Move = tuple[Callable[[Score, Tensor, Level, Level, Noise], Tensor], Level, Level]
+Value = TypeVar("Value")
+Step = Callable[[Score, Tensor, Level, Level, Noise], Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A trajectory laid out before its first evaluation: moves from row to row of a table.
+
+    Iterating gives each move with the two levels that it joins, on the CPU in float64.
+
+    Args:
+        levels: The levels that are visited, fields of shape [M], on the CPU in float64.
+        moves: Each with the rows from and to which it goes.
+    """
+
+    levels: Level
+    moves: list[tuple[Step, int, int]]
+
+    @classmethod
+    def of(cls, step: Step, levels: Level) -> Plan:
+        """One ``step`` from each level to the next."""
+        return cls(levels, [(step, i, i + 1) for i in range(len(levels.t) - 1)])
+
+    def __iter__(self) -> Iterator[tuple[Step, Level, Level]]:
+        return self._with(self.levels)
+
+    def on(self, x: Tensor) -> Iterator[tuple[Step, Level, Level]]:
+        """The same where ``x`` is and in its dtype, copied there at once; ``t`` stays float64."""
+        return self._with(self.levels.like(x))
+
+    def _with(self, levels: Level) -> Iterator[tuple[Step, Level, Level]]:
+        rows = levels.rows()
+        return ((move, rows[i], rows[j]) for move, i, j in self.moves)
 
 
 class SamplingError(RuntimeError):
@@ -40,6 +71,23 @@ class Sampler(ABC):
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
+
+    @property
+    def converges(self) -> int | None:
+        """Order at which the error falls with the number of steps, of a deterministic sampler;
+        None where it has none."""
+        return getattr(self, "order", None)
+
+    def fitted(self, score: Score, sde: SDE, like: Tensor) -> Sampler:
+        """This sampler with what it wants to know of a model beforehand, found out: itself, for
+        most. Worth keeping where one model is sampled from many times.
+
+        Args:
+            score: Score function of the model.
+            sde: Its process.
+            like: A tensor [B, ...] like those to be sampled; its values do not matter.
+        """
+        return self
 
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:  # noqa: B027
         """Refuse what this sampler cannot do, before anything is computed.
@@ -93,7 +141,7 @@ def denoise(score: Score, x: Tensor, level: Level) -> Tensor:
 class FixedStepSampler(Sampler):
     """A sampler that visits a grid of times laid out before the first evaluation.
 
-    A subclass writes one :meth:`step`. All scalars are computed up front, in float64 and then
+    A subclass lays out its :meth:`plan`. All scalars are computed up front, in float64 and then
     moved to the device, so that nothing in the loop waits for it.
 
     Args:
@@ -105,6 +153,7 @@ class FixedStepSampler(Sampler):
     steps: int = 100
     grid: Grid = Karras()
     denoise: bool = True
+    correctable: ClassVar[bool] = True  # goes on from the state that it is given
 
     def __post_init__(self) -> None:
         steps = validation.count(type(self).__name__, "steps", self.steps)
@@ -116,39 +165,71 @@ class FixedStepSampler(Sampler):
         self.plan(sde)
 
     @abstractmethod
-    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        """Move ``x`` [B, ...] from the level ``now`` to the less noisy ``nxt``; scalars are [].
+    def plan(self, sde: SDE) -> Plan:
+        """All moves of one trajectory; those that remember are made anew for each."""
 
-        ``noise()`` draws fresh standard normal noise in the shape of ``x``.
-        """
-
-    def plan(self, sde: SDE) -> list[Move]:
-        """All moves of the trajectory with the levels that each joins, on the CPU in float64."""
-        levels = sde.level(self.grid(sde, self.steps)).rows()
-        return [(self.step, now, nxt) for now, nxt in pairwise(levels)]
+    def levels(self, sde: SDE) -> Level:
+        """The levels of the grid, [steps + 1] float64."""
+        return remembered(_levels, self.grid, sde, self.steps)
 
     def trajectory(
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
         plan = self.plan(sde)
-        times = [float(nxt.t) for _, _, nxt in plan]
-        moves = _on_device(plan, x)
+        times = plan.levels.t.tolist()
+        noise = partial(randn_like, x, generator)
         yield sde.t_max, x
-        for (move, now, nxt), t in zip(moves, times, strict=True):
-            x = move(score, x, now, nxt, partial(randn_like, x, generator))
-            yield t, x
+        for (move, now, nxt), (_, _, j) in zip(plan.on(x), plan.moves, strict=True):
+            x = move(score, x, now, nxt, noise)
+            yield times[j], x
         if self.denoise:
-            yield times[-1], denoise(score, x, moves[-1][2])
+            yield times[j], denoise(score, x, nxt)
 
 
-def _on_device(plan: list[Move], x: Tensor) -> list[Move]:
-    """The plan with its scalars on the device of ``x``, in one copy; ``t`` keeps float64."""
-    rows = torch.stack([torch.stack([*now, *nxt]) for _, now, nxt in plan]).to(x.device)
-    width = len(Level._fields)
-    scalars = zip(rows.unbind(), rows.to(x.dtype).unbind(), strict=True)
-    levels = [
-        (Level(exact[0], *row[1:width]), Level(exact[width], *row[width + 1 :]))
-        for exact, row in ((e.unbind(), r.unbind()) for e, r in scalars)
-    ]
-    return [(move, now, nxt) for (move, _, _), (now, nxt) in zip(plan, levels, strict=True)]
+@dataclass(frozen=True)
+class OneStepSampler(FixedStepSampler):
+    """A sampler that needs to know one state alone: a subclass writes its :meth:`step`."""
+
+    @abstractmethod
+    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+        """Move ``x`` [B, ...] from the level ``now`` to the less noisy ``nxt``; scalars are [].
+
+        ``noise()`` draws fresh standard normal noise in the shape of ``x``.
+        """
+
+    def plan(self, sde: SDE) -> Plan:
+        """A step from each level of the grid to the next."""
+        return Plan.of(self.step, self.levels(sde))
+
+
+def _levels(grid: Grid, sde: SDE, steps: int) -> Level:
+    return sde.level(grid(sde, steps))
+
+
+_memory: dict[Hashable, Any] = {}
+
+
+def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
+    """``function(*args)``, kept for the next time: every batch asks for the same table of numbers.
+
+    Not kept where an argument may still change: an object of a class that is not a frozen
+    dataclass, or one that cannot be hashed.
+    """
+    if not all(_fixed(arg) for arg in args):
+        return function(*args)
+    key = function, args
+    try:
+        if key in _memory:
+            return _memory[key]
+    except TypeError:
+        return function(*args)
+    while len(_memory) >= 64:
+        _memory.pop(next(iter(_memory)))
+    return _memory.setdefault(key, function(*args))
+
+
+def _fixed(value: Hashable) -> bool:
+    if is_dataclass(value):
+        return type(value).__dataclass_params__.frozen
+    return isinstance(value, str | int | float | None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from sde_lib import validation
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import FixedStepSampler, Move, Noise
+from sde_lib.samplers.base import Noise, OneStepSampler, Plan, Step
 from sde_lib.sde import SDE, Level
 
 
 @dataclass(frozen=True)
-class Heun(FixedStepSampler):
+class Heun(OneStepSampler):
     r"""Heun's method on the probability flow :math:`dy/d\rho = \hat\varepsilon`, y = x/alpha, rho
     = sigma/alpha.
 
@@ -53,22 +52,21 @@ class Heun(FixedStepSampler):
         """Whether fresh noise enters."""
         return self.churn > 0
 
-    def plan(self, sde: SDE) -> list[Move]:
+    def plan(self, sde: SDE) -> Plan:
         """Heun steps, each after a move that raises the noise where churn asks for it."""
-        times = self.grid(sde, self.steps)
-        ratio = sde.level(times).noise_ratio
+        levels = self.levels(sde)
+        ratio = levels.noise_ratio
         gamma = min(self.churn / self.steps, math.sqrt(2) - 1)
         churned = (ratio >= self.churn_from) & (ratio <= self.churn_to) & (gamma > 0)
         above = sde.time_at(-2 * torch.log(ratio * (1 + gamma)))
-        churned[0] &= above[0] > times[0]  # no time above t_max
-        raised = torch.where(churned, above, times)
-        moves: list[Move] = []
-        levels, raised_levels = sde.level(times).rows(), sde.level(raised).rows()
-        for i, (now, nxt) in enumerate(pairwise(levels)):
-            if raised_levels[i].t > now.t:
-                moves.append((self.raise_noise, now, raised_levels[i]))
-            moves.append((self.step, raised_levels[i], nxt))
-        return moves
+        churned &= above > levels.t  # at t_max there is nothing above
+        raised = sde.level(torch.where(churned, above, levels.t))
+        rows = Level(*(torch.cat(pair) for pair in zip(levels, raised, strict=True)))
+        moves: list[tuple[Step, int, int]] = []
+        for i, noisier in enumerate(churned[:-1].tolist()):
+            top = i + len(ratio) if noisier else i
+            moves += [(self.raise_noise, i, top)] * noisier + [(self.step, top, i + 1)]
+        return Plan(rows, moves)
 
     def raise_noise(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         """One exact forward transition from ``now`` up to the noisier ``nxt``; no evaluation."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from sde_lib import validation
 from sde_lib.grids import Grid, UniformLogSNR
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import FixedStepSampler, Move, Noise
+from sde_lib.samplers.base import FixedStepSampler, Noise, OneStepSampler, Plan, Step
 from sde_lib.samplers.predictors import ReverseDiffusion
 from sde_lib.sde import SDE, Level
 
@@ -56,7 +55,8 @@ class PredictorCorrector(FixedStepSampler):
     Reference: Song et al. 2021, algorithm 1.
 
     Args:
-        predictor: Any fixed-step sampler; only its :meth:`step` is used.
+        predictor: Any fixed-step sampler that looks at the present state, which the corrector
+            has moved; its own steps and grid do not count.
         corrector: What follows each step.
         corrections: Corrector steps a level, >= 0.
     """
@@ -72,25 +72,26 @@ class PredictorCorrector(FixedStepSampler):
             "PredictorCorrector", "corrections", self.corrections, at_least=0
         )
         object.__setattr__(self, "corrections", corrections)
+        if not self.predictor.correctable:
+            raise ValueError(
+                "PredictorCorrector needs a predictor that goes on from the present state; "
+                f"{type(self.predictor).__name__} goes on from one that it remembers. Use DDIM, "
+                "Heun, DEIS or DPMSolverPP, or for noise ReverseDiffusion or Ancestral."
+            )
 
-    def plan(self, sde: SDE) -> list[Move]:
-        """Predictor and corrector moves in turn."""
-        moves: list[Move] = []
-        for now, nxt in pairwise(sde.level(self.grid(sde, self.steps)).rows()):
-            moves.append((self.predictor.step, now, nxt))
-            moves += [(self.corrector.step, nxt, nxt)] * self.corrections
-        return moves
-
-    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        """The predictor's step and its corrections, in one."""
-        x = self.predictor.step(score, x, now, nxt, noise)
-        for _ in range(self.corrections):
-            x = self.corrector.step(score, x, nxt, nxt, noise)
-        return x
+    def plan(self, sde: SDE) -> Plan:
+        """Moves of the predictor, each step of which is followed by corrections at its end."""
+        plan = replace(self.predictor, steps=self.steps, grid=self.grid).plan(sde)
+        times = plan.levels.t.tolist()
+        moves: list[tuple[Step, int, int]] = []
+        for move, i, j in plan.moves:
+            corrections = self.corrections if times[j] < times[i] else 0  # churn goes up
+            moves += [(move, i, j)] + [(self.corrector.step, j, j)] * corrections
+        return Plan(plan.levels, moves)
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin(FixedStepSampler):
+class AnnealedLangevin(OneStepSampler):
     r"""Langevin dynamics at each noise level in turn, from the largest to the smallest, no
     predictor.
 
@@ -123,13 +124,13 @@ class AnnealedLangevin(FixedStepSampler):
         object.__setattr__(self, "inner_steps", inner_steps)
         validation.real("AnnealedLangevin", "step_size", self.step_size, above=0, below=2)
 
-    def plan(self, sde: SDE) -> list[Move]:
+    def plan(self, sde: SDE) -> Plan:
         """For each level, one step that enters it and the others at it."""
-        levels = sde.level(self.grid(sde, self.steps)).rows()
-        moves: list[Move] = []
-        for now, nxt in pairwise(levels):
-            moves += [(self.step, now, nxt)] + [(self.step, nxt, nxt)] * (self.inner_steps - 1)
-        return moves
+        moves: list[tuple[Step, int, int]] = []
+        for i in range(self.steps):
+            moves += [(self.step, i, i + 1)]
+            moves += [(self.step, i + 1, i + 1)] * (self.inner_steps - 1)
+        return Plan(self.levels(sde), moves)
 
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         x = nxt.alpha / now.alpha * x

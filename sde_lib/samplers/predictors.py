@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sde_lib import validation
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import FixedStepSampler, Noise
+from sde_lib.samplers.base import Noise, OneStepSampler
 from sde_lib.sde import Level
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(FixedStepSampler):
+class EulerMaruyama(OneStepSampler):
     r"""Euler-Maruyama on the reverse SDE; with eta = 0, Euler on the probability flow.
 
     .. math::  x \leftarrow x + \left[f x - \tfrac{1+\eta^2}{2} g^2 s\right] \Delta t + \eta g
@@ -49,7 +49,7 @@ class EulerMaruyama(FixedStepSampler):
 
 
 @dataclass(frozen=True)
-class ReverseDiffusion(FixedStepSampler):
+class ReverseDiffusion(OneStepSampler):
     r"""The reverse SDE discretised as the forward process is: one forward transition, reversed.
 
     The transition from the next level s up to t is :math:`N(a x, v)` with
@@ -73,7 +73,7 @@ class ReverseDiffusion(FixedStepSampler):
 
 
 @dataclass(frozen=True)
-class Ancestral(FixedStepSampler):
+class Ancestral(OneStepSampler):
     r"""Draws from the posterior :math:`q(x_s | x_t, \hat x_0)`: DDPM at eta = 1, DDIM at eta = 0.
 
     .. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - c^2}\, \hat\varepsilon + c z, \qquad

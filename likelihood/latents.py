@@ -243,7 +243,8 @@ def _carried(
         return value - flow.noise_share(levels[i]).square() * z
 
     with torch.set_grad_enabled(differentiable):
-        z = Adams(clock, grid.chosen_order).solve(rate, x.double() / flow.scale(levels[0]))
+        rule = Adams(clock, grid.chosen_order, grid.fine)
+        z = rule.solve(rate, x.double() / flow.scale(levels[0]))
         end = (flow.scale(levels[-1]) * z).to(x.dtype)
     check_finite(owner, end, nodes=torch.stack(finite), clock=clock, partial=end)
     return end

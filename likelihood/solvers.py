@@ -21,6 +21,7 @@ from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level
 
 MOST = 100_000  # nodes
+FINE = 80  # from so many on a guess of one order less is near enough, and never overshoots
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,11 @@ class FixedGrid(Solver):
         """The order asked for, or that of the number of nodes."""
         return self.order or (4 if self.nodes >= 24 else 3)
 
+    @property
+    def fine(self) -> bool:
+        """Whether the path is predicted at one order less, see :class:`sde_lib.adams.Adams`."""
+        return self.nodes >= FINE
+
     def check(self, x: Tensor) -> None:
         """Nothing to refuse."""
 
@@ -157,8 +163,9 @@ class FixedGrid(Solver):
         if self.fresh and divergence.allots:
             here = quadrature_weights(clock, self.chosen_order + 1)  # without a wait
             counts = pilot.probes_at(clock, here, divergence.allots)
+        rule = Adams(clock, self.chosen_order, self.fine)
         z, noise, traces = self._walk(
-            flow, x, clock, divergence, draw, counts, differentiable=differentiable
+            flow, x, rule, divergence, draw, counts, differentiable=differentiable
         )
         means = traces.nanmean(1)
         path = Path(
@@ -198,7 +205,8 @@ class FixedGrid(Solver):
         coarse = replace(self, nodes=max(8, len(some)), order=self.chosen_order)
         again = None if divergence.random else divergence
         draw = _nothing if divergence.random else divergence.probes(x)
-        z, _, seen = coarse._walk(flow, x, clock, again, draw, differentiable=False)
+        rule = Adams(clock, self.chosen_order, self.fine)
+        z, _, seen = coarse._walk(flow, x, rule, again, draw, differentiable=False)
         weights = torch.zeros_like(path.trace[:, :1])
         weights[some] = coarse._weights(clock, x)
         fine = self._weights(path.clock, x)
@@ -221,7 +229,7 @@ class FixedGrid(Solver):
         self,
         flow: ProbabilityFlow,
         x: Tensor,
-        clock: Tensor,
+        rule: Adams,
         divergence: Divergence | None,
         draw: Callable[..., Tensor],
         counts: list[int] | None = None,
@@ -230,7 +238,7 @@ class FixedGrid(Solver):
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """The last state, the noise estimates at both ends, and the traces [N, k, B], NaN where
         ``counts`` has fewer than k for a node; no traces without a ``divergence``."""
-        levels = flow.level_at(clock.to(x.device)).rows()
+        levels = flow.level_at(rule.nodes.to(x.device)).rows()
         traces: list[Tensor] = []
         ends: list[Tensor] = []
 
@@ -252,7 +260,7 @@ class FixedGrid(Solver):
                 ends.append(value.detach().double() / share)
             return value.double() - share.square() * z
 
-        z = Adams(clock, self.chosen_order).solve(rate, x.double() / flow.scale(levels[0]))
+        z = rule.solve(rate, x.double() / flow.scale(levels[0]))
         return z, ends, _padded(traces) if traces else x.new_empty(0)
 
     def _weights(self, clock: Tensor, x: Tensor) -> Tensor:

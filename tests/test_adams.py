@@ -39,8 +39,9 @@ def test_quadrature_is_exact_below_its_order_and_converges_with_it(order):
     assert math.log(error[129] / error[513], 4) > order - 0.3
 
 
+@pytest.mark.parametrize("fine", [False, True])
 @pytest.mark.parametrize("order", [2, 3, 4, 5])
-def test_adams_converges_at_its_stated_order_with_one_evaluation_a_node(order):
+def test_adams_converges_at_its_stated_order_with_one_evaluation_a_node(order, fine):
     def error(count):
         nodes, calls = uneven(count), []
 
@@ -49,7 +50,7 @@ def test_adams_converges_at_its_stated_order_with_one_evaluation_a_node(order):
             quiet_start = nodes[i] ** 4  # as that of a likelihood is: first steps are of low order
             return quiet_start * (torch.sin(9 * nodes[i]) - 4 * y * torch.cos(5 * nodes[i]))
 
-        end = Adams(nodes, order).solve(rate, torch.ones(1, dtype=torch.float64))
+        end = Adams(nodes, order, fine).solve(rate, torch.ones(1, dtype=torch.float64))
         assert calls == list(range(count)), "one evaluation a node, in turn"
         return float(end)
 
@@ -72,6 +73,10 @@ def test_a_sample_that_turns_sharply_is_predicted_at_one_order_less():
     # the second has seen 0, 1, 0: corrected to 5/12 and 13/12, from there order 3 would go down
     # by 16/12, and order 2 by 6/12
     assert_close(seen[6][1, 0].item(), 13 / 12 - 6 / 12)
+
+    seen.clear()
+    Adams(nodes, 3, fine=True).solve(rate, torch.zeros(2, 1, dtype=torch.float64))
+    assert_close(seen[5][1, 0].item(), 5 / 12 + 3 / 2)  # order 2 from 0, 1: where 3 gives 23/12
 
 
 @pytest.mark.parametrize("order", [0, 1, 7, 2.5])

@@ -59,10 +59,10 @@ def test_encode_is_the_latent_of_the_likelihood(sde, mixture):
 
 
 def test_encode_is_of_fourth_order_and_the_round_trip_of_third_or_better(sde, mixture):
-    data, nodes = full_gaussian(), (48, 96, 192)
+    data, nodes = full_gaussian(), (96, 192, 384)
     flow, (x, latent) = probability_flow(sde, data.score(sde)), ends(data, sde)
     errors = [float((encode(flow, x, nodes=n) - latent).abs().max()) for n in nodes]
-    # guesses of order 3 turn into order 4 on the way: 4.3; the first steps of VE: 3.9
+    # the first steps, of lower order, show on VE: 3.7
     assert slope(errors) == pytest.approx(4, abs=0.4)
 
     x = mixture.sample(50, generator=seeded(2), sde=sde, t=sde.t_min).double()

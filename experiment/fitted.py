@@ -1,30 +1,33 @@
-"""What a sampler has found out about a model, kept beside what it is about."""
+"""What samplers have found out about a model, kept by the digest of its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from experiment.checkpoint import write_atomically
+from experiment.errors import RunError
 from experiment.progress import say
 from score_models import ScoreModel
 from sde_lib.grids import FittedGrid
+from sde_lib.reverse_variance import AnalyticVariance
 from sde_lib.samplers import Sampler
+
+Found = TypeVar("Found")
 
 
 def fitted(
-    sampler: Sampler,
-    model: ScoreModel,
-    like: torch.Tensor,
-    *,
-    checkpoint: Path,
-    folder: Path,
+    sampler: Sampler, model: ScoreModel, like: Tensor, *, checkpoint: Path, folder: Path
 ) -> Sampler:
-    """``sampler`` fitted to ``model``: as it was found before for the same weights, or anew.
+    """``sampler`` with what it wants to know of ``model``: as it was found before for the same
+    weights, or else found now and kept.
 
     Args:
         sampler: As it was asked for.
@@ -32,29 +35,64 @@ def fitted(
         like: A tensor [B, ...] like those to be sampled.
         checkpoint: Its digest names what is kept.
         folder: Where that is kept.
+
+    Raises:
+        RunError: If it wants the analytic variance and mode=calibrate has not run.
     """
-    weights = hashlib.sha256(checkpoint.read_bytes()).hexdigest()
-    kept = folder / f"grid-{weights[:16]}.json"
+    weights = _digest(checkpoint)
+    if getattr(sampler, "variance", None) == "analytic":
+        variance = _read(_path("variance", weights, folder), weights, _variance)
+        if variance is None:
+            raise RunError(
+                f"{type(sampler).__name__} with variance=analytic needs that of {checkpoint}; run "
+                "`python run.py mode=calibrate` with the same choices first."
+            )
+        return replace(sampler, variance=variance)
+    kept = _path("grid", weights, folder)
     if getattr(sampler, "grid", sampler) is None:
-        grid = _read(kept, weights)
+        grid = _read(kept, weights, lambda c: FittedGrid(tuple(c["clock"]), tuple(c["density"])))
         if grid is not None:
             return replace(sampler, grid=grid)
     found = sampler.fitted(model.score, model.sde, like)
     if found is not sampler:
-        grid = found.grid
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"weights": weights, "clock": grid.clock, "density": grid.density}
-        write_atomically(kept, json.dumps(content).encode())
+        _write(kept, weights, clock=found.grid.clock, density=found.grid.density)
         say(f"steps fitted to the model, once: {kept}")
     return found
 
 
-def _read(path: Path, weights: str) -> FittedGrid | None:
-    """The grid in ``path``, if it is whole and of these weights."""
+def keep_variance(variance: AnalyticVariance, checkpoint: Path, folder: Path) -> Path:
+    """Write ``variance``, found for the weights of ``checkpoint``, and return where."""
+    weights = _digest(checkpoint)
+    path = _path("variance", weights, folder)
+    columns = {"clock": variance.clock.tolist(), "unresolved": variance.unresolved.tolist()}
+    _write(path, weights, decoder_std=variance.decoder_std, **columns)
+    return path
+
+
+def _variance(content: dict[str, Any]) -> AnalyticVariance:
+    clock, unresolved = (
+        torch.tensor(content[key], dtype=torch.float64) for key in ("clock", "unresolved")
+    )
+    return AnalyticVariance(clock, unresolved, float(content["decoder_std"]))
+
+
+def _digest(checkpoint: Path) -> str:
+    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+
+
+def _path(kind: str, weights: str, folder: Path) -> Path:
+    return folder / f"{kind}-{weights[:16]}.json"
+
+
+def _write(path: Path, weights: str, **content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps({"weights": weights, **content}).encode())
+
+
+def _read(path: Path, weights: str, build: Callable[[dict[str, Any]], Found]) -> Found | None:
+    """What is in ``path``, if it is whole and of these weights."""
     try:
         content = json.loads(path.read_text())
-        if content["weights"] != weights:
-            return None
-        return FittedGrid(tuple(content["clock"]), tuple(content["density"]))
+        return build(content) if content["weights"] == weights else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -52,7 +52,7 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     sampler.check(model.sde)
     like, folder = torch.zeros(1, *data.shape, device=run.device()), run.path / "samples"
     asked_for = repr(sampler)
-    sampler = fitted(sampler, model, like, checkpoint=path, folder=folder)
+    sampler = fitted(sampler, model, like, checkpoint=path, folder=run.path / "fitted")
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         began = time.monotonic()
         parts, seeds, states, nfe = [], [], [], 0

@@ -12,18 +12,18 @@ from torch import Tensor
 from likelihood.checked import check_batch, check_finite
 from likelihood.comparison import variance_of_mean
 from likelihood.decoders import Decoder, DensityDecoder
-from likelihood.reverse_variance import (
-    AnalyticVariance,
-    ReverseVariance,
-    named_variance,
-    posterior,
-)
 from sde_lib import validation
 from sde_lib.counting import Counted
 from sde_lib.grids import UniformLogSNR
 from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, rand, randn_like
 from sde_lib.reverse import ProbabilityFlow, Score
+from sde_lib.reverse_variance import (
+    AnalyticVariance,
+    ReverseVariance,
+    named_variance,
+    posterior,
+)
 from sde_lib.sde import SDE, Level, expand_like
 
 
@@ -238,7 +238,9 @@ def discrete_bounds(
     _check("discrete_bound", flow, x, decoder)
     if not variances:
         raise ValueError("discrete_bounds needs one variance or more by name; got none.")
-    reverse = {name: named_variance(variance) for name, variance in variances.items()}
+    reverse = {
+        name: named_variance("discrete_bound", variance) for name, variance in variances.items()
+    }
     levels = _levels(flow.sde, _times("discrete_bound", flow.sde, steps, times), x)
     score = Counted(flow.score)
     passes = [_squares(score, x, levels, decoder, generator) for _ in range(repeats)]

@@ -19,9 +19,9 @@ from likelihood.bounds import (
 )
 from likelihood.comparison import ordered, rate_distortion
 from likelihood.decoders import BinDecoder, DensityDecoder, log_normal_mass
-from likelihood.reverse_variance import AnalyticVariance, ForwardVariance, PosteriorVariance
 from sde_lib import VPSDE, PerSample, probability_flow
 from sde_lib.oracles import Gaussian, GaussianMixture
+from sde_lib.reverse_variance import AnalyticVariance, ForwardVariance, PosteriorVariance
 from sde_lib.samplers import SamplingError
 
 LINE = Gaussian(torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.3, 1.0, 2.0]))

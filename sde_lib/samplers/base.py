@@ -203,6 +203,40 @@ class OneStepSampler(FixedStepSampler):
         return Plan.of(self.step, self.levels(sde))
 
 
+@dataclass(frozen=True)
+class LinearSampler(OneStepSampler):
+    r"""A sampler each of whose steps is :math:`x \leftarrow a\, x + b\, s(x, t) + c\, z`.
+
+    A subclass states the :meth:`coefficients`; they are computed once, for all steps, in float64.
+    """
+
+    @abstractmethod
+    def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and c of the steps from ``now`` to the less noisy ``nxt``, in the shape of their
+        fields."""
+
+    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+        a, b, c = (float(value) for value in self.coefficients(now, nxt))
+        return _affine(a, b, c, score, x, now, nxt, noise)
+
+    def plan(self, sde: SDE) -> Plan:
+        """The steps as three numbers each, unless a subclass has a step of its own."""
+        if type(self).step is not LinearSampler.step:
+            return super().plan(sde)
+        levels = self.levels(sde)
+        now, nxt = (Level(*(c[part] for c in levels)) for part in (slice(0, -1), slice(1, None)))
+        columns = (torch.as_tensor(c).expand(self.steps) for c in self.coefficients(now, nxt))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return Plan(levels, [(partial(_affine, *row), i, i + 1) for i, row in enumerate(rows)])
+
+
+def _affine(
+    a: float, b: float, c: float, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise
+) -> Tensor:
+    moved = torch.add(x * a, score(x, now.t), alpha=b)
+    return moved.add_(noise(), alpha=c) if c else moved
+
+
 def _levels(grid: Grid, sde: SDE, steps: int) -> Level:
     return sde.level(grid(sde, steps))
 

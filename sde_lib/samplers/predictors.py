@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from sde_lib import validation
-from sde_lib.reverse import Score
 from sde_lib.reverse_variance import ReverseVariance, named_variance, posterior
-from sde_lib.samplers.base import Noise, OneStepSampler, Plan
+from sde_lib.samplers.base import LinearSampler
 from sde_lib.sde import SDE, Level
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(OneStepSampler):
+class EulerMaruyama(LinearSampler):
     r"""Euler-Maruyama on the reverse SDE; with eta = 0, Euler on the probability flow.
 
     .. math::  x \leftarrow x + \left[f x - \tfrac{1+\eta^2}{2} g^2 s\right] \Delta t + \eta g
@@ -44,15 +41,14 @@ class EulerMaruyama(OneStepSampler):
         """Whether fresh noise enters."""
         return self.eta > 0
 
-    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        dt = (nxt.t - now.t).to(x)
-        drift = now.drift_rate * x - 0.5 * (1 + self.eta**2) * now.diffusion**2 * score(x, now.t)
-        x = x + drift * dt
-        return x + self.eta * now.diffusion * torch.sqrt(-dt) * noise() if self.stochastic else x
+    def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
+        dt = nxt.t - now.t
+        pull = -0.5 * (1 + self.eta**2) * now.diffusion**2 * dt
+        return 1 + now.drift_rate * dt, pull, self.eta * now.diffusion * torch.sqrt(-dt)
 
 
 @dataclass(frozen=True)
-class ReverseDiffusion(OneStepSampler):
+class ReverseDiffusion(LinearSampler):
     r"""The reverse SDE discretised as the forward process is: one forward transition, reversed.
 
     The transition from the next level s up to t is :math:`N(a x, v)` with
@@ -70,13 +66,13 @@ class ReverseDiffusion(OneStepSampler):
     order: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
 
-    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+    def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
         a, v = nxt.transition(now)
-        return (2 - a) * x + v * score(x, now.t) + v.sqrt() * noise()
+        return 2 - a, v, v.sqrt()
 
 
 @dataclass(frozen=True)
-class Ancestral(OneStepSampler):
+class Ancestral(LinearSampler):
     r"""Draws from the posterior :math:`q(x_s | x_t, \hat x_0)`: DDPM at eta = 1, DDIM at eta = 0.
 
     .. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - c^2}\, \hat\varepsilon + \sqrt v\, z,
@@ -120,45 +116,22 @@ class Ancestral(OneStepSampler):
 
     @property
     def converges(self) -> int | None:
-        """First order without noise."""
-        return None if self.stochastic else 1
+        """Its order, without noise."""
+        return None if self.stochastic else self.order
 
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """The grid; the analytic variance is asked for when a model is there."""
         if self.variance != "analytic":
             self.plan(sde)
 
-    def plan(self, sde: SDE) -> Plan:
-        """Steps, the last one with no more noise than allowed."""
+    def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
         variance = named_variance(type(self).__name__, self.variance)
-        step = partial(self.step_of, variance, math.inf)
-        plan = Plan.of(step, self.levels(sde))
-        if self.last_std is not None:
-            last = partial(self.step_of, variance, self.last_std)
-            plan.moves[-1] = (last, *plan.moves[-1][1:])
-        return plan
-
-    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        variance = named_variance(type(self).__name__, self.variance)
-        return self.step_of(variance, math.inf, score, x, now, nxt, noise)
-
-    def step_of(
-        self,
-        variance: ReverseVariance,
-        most: float,
-        score: Score,
-        x: Tensor,
-        now: Level,
-        nxt: Level,
-        noise: Noise,
-    ) -> Tensor:
-        """One step with this ``variance``, its standard deviation at ``most``."""
         fresh, pull = posterior(nxt, now, self.eta)
         old = torch.sqrt(nxt.sigma**2 - fresh) / now.sigma
-        x = pull * now.denoised(x, score(x, now.t)) + old * x
-        if not self.stochastic:
-            return x
-        return x + variance(nxt, now, self.eta).sqrt().clamp(max=most) * noise()
+        std = variance(nxt, now, self.eta).sqrt()
+        if self.last_std is not None and std.ndim:
+            std = torch.cat([std[:-1], std[-1:].clamp(max=self.last_std)])
+        return pull / now.alpha + old, pull * now.sigma**2 / now.alpha, std
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +20,11 @@ from experiment.progress import progress, say
 from experiment.report import write_report
 from experiment.run import Run
 from experiment.seeds import sample_streams
-from experiment.shards import alone
-from experiment.trackers import Safe
+from experiment.shards import first_alone, gathered, halving, rank, share
+from experiment.trackers import NoTracker, Safe
 from score_models import ScoreModel
 from sde_lib import Counted, PerSample, validation
-from sde_lib.samplers import Sampler, SamplingError
+from sde_lib.samplers import Sampler, check_samples
 
 STRIP = 8  # samples shown on their way from noise to data
 
@@ -34,48 +35,52 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     Writes ``samples/samples-<iteration>-<sampler>-<evaluations>-<digest>.npz`` (samples in data
     units, their seeds, evaluations, wall time), where the digest tells other settings, seeds and
     numbers apart; for images also the grid and the strip from noise to data. Sample i depends on
-    the seed and on i alone.
+    the seed and on i alone: not on the batch, which is halved where memory runs out, nor on how
+    many processes of torchrun share the work.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
         num_samples: How many.
         batch_size: How many at a time; sample i does not depend on it.
     """
-    alone("sample")
     num_samples = validation.count("mode=sample", "num_samples", num_samples)
     batch_size = validation.count("mode=sample", "batch_size", batch_size)
     validation.installed("matplotlib")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
-    tracker = Safe(run.build("tracking"))
+    tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
-    like, folder = torch.zeros(1, *data.shape, device=run.device()), run.path / "samples"
-    asked_for = repr(sampler)
-    sampler = fitted(sampler, model, like, checkpoint=path, folder=run.path / "fitted")
+    like, asked_for = torch.zeros(1, *data.shape, device=run.device()), repr(sampler)
+    sampler = first_alone(
+        lambda: fitted(sampler, model, like, checkpoint=path, folder=run.path / "fitted")
+    )
+
+    def drawn(rows: range) -> Drawn:
+        score = Counted(model.score)
+        streams = sample_streams(run.seed, "samples", rows, run.device())
+        states = [state.cpu() for state in draw(score, model, sampler, data.shape, streams)]
+        return Drawn(states[-1], streams.seeds, score.nfe, states if rows.start == 0 else [])
+
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         began = time.monotonic()
-        parts, seeds, states, nfe = [], [], [], 0
-        for start in range(0, num_samples, batch_size):
-            score = Counted(model.score)
-            indices = range(start, min(start + batch_size, num_samples))
-            streams = sample_streams(run.seed, "samples", indices, run.device())
-            trajectory = draw(score, model, sampler, data.shape, streams)
-            nfe = max(nfe, score.nfe)
-            parts.append(trajectory[-1].cpu())
-            seeds += streams.seeds
-            states = states or trajectory
-        seconds = time.monotonic() - began
-        values = data.units.decode(torch.cat(parts))
-        folder.mkdir(parents=True, exist_ok=True)
+        mine = share(num_samples)
+        starts = range(mine.start, mine.stop, batch_size)
+        batches = [range(start, min(start + batch_size, mine.stop)) for start in starts]
+        parts = gathered([part for rows in batches for part in halving(drawn, rows)])
+        if rank() > 0:
+            return  # the first process has all samples and writes them
+        seconds, nfe = time.monotonic() - began, max(part.nfe for part in parts)
+        values = data.units.decode(torch.cat([part.samples for part in parts]))
         asked = f"{asked_for} {run.seed} {num_samples} {path.absolute()}"
         digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
         kind = f"{type(sampler).__name__.lower()}-{nfe}"
-        array = folder / f"samples-{iteration:08d}-{kind}-{digest}.npz"
+        array = run.path / "samples" / f"samples-{iteration:08d}-{kind}-{digest}.npz"
+        array.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
             array,
             samples=values.numpy(),
-            seeds=np.array(seeds, dtype=np.uint64),
+            seeds=np.array([seed for part in parts for seed in part.seeds], dtype=np.uint64),
             nfe=nfe,
             seconds=seconds,
             sampler=asked_for,
@@ -85,10 +90,19 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
             f"{num_samples} samples by {asked_for}, {nfe} evaluations each, "
             f"{seconds:.1f} s: {array}"
         )
-        picture = draw_pictures(run, model, data, iteration, values, states)
+        picture = draw_pictures(run, model, data, iteration, values, parts[0].states)
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
     say(f"report: {write_report(run.path)}")
+
+
+class Drawn(NamedTuple):
+    """Some samples [B, ...] on the CPU, in model units; states on the way of the first of all."""
+
+    samples: Tensor
+    seeds: list[int]
+    nfe: int
+    states: list[Tensor]
 
 
 @torch.no_grad()
@@ -109,10 +123,7 @@ def draw(
     )
     trajectory = sampler.trajectory(score, model.sde, start, generator=streams)
     kept, end = thinned((x for _, x in progress(trajectory, "samples")), 40)
-    if not bool(torch.isfinite(end).all()):
-        raise SamplingError(
-            f"{sampler} gave samples that are not finite; use more steps, or look at the model."
-        )
+    check_samples(sampler, score, model.sde, start, end)
     return [kept[round(i * (len(kept) - 1) / 10)] for i in range(10)] + [end]
 
 

@@ -39,7 +39,7 @@ def alone(mode: str) -> None:
     if world_size() > 1:
         raise RunError(
             f"mode={mode} runs in one process; got {world_size()} of torchrun, which share only "
-            "mode=likelihood. Start it with python."
+            "mode=likelihood and mode=sample. Start it with python."
         )
 
 

@@ -684,3 +684,50 @@ def test_two_processes_give_the_numbers_of_one(trained):
         array.unlink()
     assert len(values[0]) == 5
     np.testing.assert_allclose(values[1], values[0], rtol=0, atol=1e-4)
+
+
+def test_two_processes_draw_the_samples_of_one(trained, tmp_path):
+    folder, _ = trained
+    checkpoint = next(the_run(folder).glob("checkpoints/step-*.pt"))
+    choices = ["mode=sample", "sampler=dpmpp_sde", "sampler.steps=3", "mode.num_samples=7"]
+    drawn = []
+    for name, start in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
+        place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", f"run.name={name}"]
+        result = subprocess.run(
+            [sys.executable, *start, str(ROOT / "run.py"), *TINY, *choices, *place],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("7 samples by") == 1, "one process speaks for all"
+        (array,) = (tmp_path / name / "samples").glob("samples-*.npz")
+        drawn.append(dict(np.load(array)))
+    assert len(drawn[0]["samples"]) == 7
+    for key in ("samples", "seeds", "nfe"):
+        np.testing.assert_array_equal(drawn[1][key], drawn[0][key])
+
+
+def test_a_calibration_is_asked_for_made_and_used(trained, tmp_path):
+    folder, _ = trained
+    (checkpoint,) = list(the_run(folder).glob("checkpoints/step-00000006.pt"))
+    place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", "run.name=calibrated"]
+    analytic = ["mode=sample", "sampler=analytic_ddpm", "sampler.steps=3", "mode.num_samples=2"]
+    refused(run(*analytic, *place, cwd=folder), "variance=analytic", "mode=calibrate")
+
+    calibrate = ["mode=calibrate", "mode.num_samples=20", "mode.levels=5"]
+    result = run(*calibrate, *place, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (kept,) = (tmp_path / "calibrated/fitted").glob("variance-*.json")
+    content = json.loads(kept.read_text())
+    assert len(content["clock"]) == len(content["unresolved"]) == 5
+    assert (tmp_path / "calibrated/fitted").glob("grid-*.json")
+
+    assert run(*analytic, *place, cwd=folder).returncode == 0
+    kept.write_text(kept.read_text()[:50])  # torn: as good as none
+    refused(run(*analytic, *place, cwd=folder), "mode=calibrate")

@@ -354,6 +354,28 @@ def test_a_score_of_nan_ends_in_a_sentence(make: Make) -> None:
         make(5)(lambda x, t: x * math.nan, VPSDE(), x)
 
 
+@of({k: BY_STEPS[k] for k in ("ddim", "heun_churn", "unipc", "ancestral")})
+def test_a_score_that_breaks_on_the_way_is_found_at_its_step(
+    make: Make, mixture: GaussianMixture, seeded: SeededGenerator
+) -> None:
+    sde, score = VPSDE(), mixture.score(VPSDE())
+    sampler = make(10)
+    levels = sampler.levels(sde)
+    third = float(levels.t[3])
+
+    def breaking(x: Tensor, t: Tensor) -> Tensor:
+        broken = torch.zeros_like(x)
+        broken[1, 0] = math.nan if float(t) == third else 0.0
+        return score(x, t) + broken
+
+    x = sde.prior_sample((4, 2), generator=seeded(0))
+    with pytest.raises(SamplingError, match="1 of 4 samples") as caught:
+        sampler(breaking, sde, x, generator=seeded(1))
+    step = int(str(caught.value).split("first at step ")[1].split(",")[0])
+    reached = [t for t, _ in sampler.trajectory(score, sde, x, generator=seeded(1))]
+    assert reached[step - 1] >= third >= reached[step]
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: the loop's waits cannot be seen"
 )

@@ -1,7 +1,15 @@
 """Samplers: each one short step over two levels, or one adapter to a solver library."""
 
 from sde_lib.samplers.adaptive import AdaptiveODE
-from sde_lib.samplers.base import FixedStepSampler, OneStepSampler, Plan, Sampler, SamplingError
+from sde_lib.samplers.base import (
+    FixedStepSampler,
+    LinearSampler,
+    OneStepSampler,
+    Plan,
+    Sampler,
+    SamplingError,
+    check_samples,
+)
 from sde_lib.samplers.dpm_solver import DPMSolver
 from sde_lib.samplers.heun import Heun
 from sde_lib.samplers.langevin import AnnealedLangevin, LangevinCorrector, PredictorCorrector
@@ -19,6 +27,8 @@ __all__ = [
     "fitted_grid",
     "OneStepSampler",
     "Plan",
+    "LinearSampler",
+    "check_samples",
     "DDIM",
     "AdaptiveODE",
     "Ancestral",

@@ -122,13 +122,35 @@ class Sampler(ABC):
         end = x
         for _, end in self.trajectory(score, sde, x, generator=generator):  # noqa: B007
             pass  # one state at a time: a thousand of them would not fit
-        if not bool(torch.isfinite(end).all()):  # the one wait for the device, after the loop
-            raise SamplingError(
-                f"{self}: {int((~torch.isfinite(end)).sum())} of {end.numel()} values "
-                "are not finite at the end; "
-                "does the score function return NaN?"
-            )
+        check_samples(self, score, sde, x, end)  # the one wait for the device, after the loop
         return end
+
+
+def check_samples(sampler: Sampler, score: Score, sde: SDE, x: Tensor, end: Tensor) -> None:
+    """Refuse an ``end`` that is not finite; go the way from ``x`` once more to see where it broke.
+
+    Within the loop nothing is looked at, since that would wait for the device at every step.
+
+    Raises:
+        SamplingError: With the step and the time, if they show again.
+    """
+    finite = torch.isfinite(end)
+    if bool(finite.all()):
+        return
+    lost = int((~finite.flatten(1).all(1)).sum())
+    states = enumerate(sampler.trajectory(score, sde, x))
+    bad = ((step, t) for step, (t, state) in states if not bool(torch.isfinite(state).all()))
+    first = next(bad, None)
+    where = (
+        "not so in a second try"
+        if first is None
+        else "first at step {}, t = {:.4g}".format(*first)
+    )
+    raise SamplingError(
+        f"{sampler}: {lost} of {len(end)} samples are not finite at the end, {where}; does the "
+        "score function return NaN there? More steps, or float32 where it runs in half precision, "
+        "may help."
+    )
 
 
 @torch.no_grad()

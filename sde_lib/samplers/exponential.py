@@ -189,8 +189,10 @@ class Row:
 
     def __call__(self, x: Tensor, seen: Sequence[Tensor]) -> Tensor:
         """The update without its noise."""
-        x = x * self.kept
-        for weight, prediction in zip(self.weights, seen, strict=False):
+        newest, *others = self.weights
+        kept = x if self.kept == 1 else x * self.kept
+        x = torch.add(kept, seen[0], alpha=newest)
+        for weight, prediction in zip(others, seen[1:], strict=False):
             if weight:
                 x.add_(prediction, alpha=weight)
         return x
@@ -293,6 +295,7 @@ def rows(
         nodes = clock[torch.tensor([leaps[n][2] for n in which])]
         weights = polynomial_weights(prediction, nodes, now, nxt, eta=eta, midpoint=midpoint)
         kept, fresh = prediction.kept(now, nxt, eta), prediction.fresh(now, nxt, eta)
+        kept = torch.where((kept - 1).abs() < 1e-14, 1.0, kept)  # spares a pass over the state
         columns = zip(which, kept.tolist(), weights.tolist(), fresh.tolist(), strict=True)
         found |= {n: Row(k, tuple(w), c if eta else 0.0) for n, k, w, c in columns}
     return [found[n] for n in range(len(leaps))]

@@ -1,0 +1,209 @@
+"""Samplers at equal evaluations, ours and those of diffusers, k-diffusion and azula.
+
+python benchmarks/samplers.py                       mixtures of 2, 32 and 784 dimensions, overhead
+python benchmarks/samplers.py mixture2 overhead     some of them
+python benchmarks/samplers.py digits --checkpoint runs/digits-vp-unet/checkpoints/step-N.pt
+
+Deterministic ones start from the same noise; their error is the RMS distance, by coordinate, from
+a converged solve of the same flow at t_min = 1e-3. The others are given exact noise levels on
+three grids (even in t, in log SNR, and Karras's) and judged by the best of the three.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from benchmarks.likelihood_targets import MIXTURES, NETWORKS, network  # noqa: E402
+from benchmarks.sampler_peers import DETERMINISTIC  # noqa: E402
+from sde_lib import SDE, VPSDE, Counted  # noqa: E402
+from sde_lib.grids import Grid, Karras, UniformLogSNR, UniformTime  # noqa: E402
+from sde_lib.reverse import Score  # noqa: E402
+from sde_lib.samplers import (  # noqa: E402
+    DDIM,
+    DEIS,
+    DPMSolver,
+    DPMSolverPP,
+    FixedStepSampler,
+    Heun,
+    UniPC,
+    VelocityAdams,
+)
+
+BUDGETS = (5, 8, 10, 15, 20, 50, 100)
+GRIDS: dict[str, Grid] = {"t": UniformTime(), "log SNR": UniformLogSNR(), "Karras": Karras()}
+TARGETS = {"mixture2": 512, "mixture32": 192, "image784": 48}  # and how many samples
+USUAL = {"diffusers UniPC 2": "t", "diffusers DPM-Solver++ 2M": "t", "k-diffusion Heun": "Karras"}
+OURS: dict[str, FixedStepSampler] = {
+    "default": VelocityAdams(),
+    "DEIS 3": DEIS(),
+    "DPM-Solver 3": DPMSolver(),
+    "DPM-Solver++ 2M": DPMSolverPP(),
+    "UniPC 3": UniPC(order=3),
+    "Heun": Heun(),
+}
+ASKED = {  # times the error of the best of the others on its best grid, by evaluations
+    "mixture2": {5: 1.1, 8: 1.1, 10: 1.1, 15: 0.7, 20: 0.7, 50: 0.35, 100: 0.35},
+    "mixture32": {5: 1.1, 8: 1.1, 10: 1.1, 15: 0.45, 20: 0.45, 50: 0.35, 100: 0.35},
+    "image784": {5: 1.1, 8: 1.1, 10: 1.1, 50: 0.35, 100: 0.35},
+}
+
+
+def errors_of(solve, x: Tensor, truth: Tensor, score: Score, budgets) -> dict[int, float]:
+    """RMS error by evaluations; those that a solver cannot spend exactly are left out."""
+    found = {}
+    for nfe in budgets:
+        counted = Counted(score)
+        end = solve(counted, x, nfe)
+        if end is not None and counted.nfe <= nfe:
+            found[nfe] = float((end - truth).square().mean().sqrt())
+    return found
+
+
+def with_steps(sampler: FixedStepSampler, nfe: int) -> FixedStepSampler:
+    """The sampler that spends at most ``nfe`` evaluations, none of them on a last denoise."""
+    steps = nfe // 2 if isinstance(sampler, Heun) else nfe
+    return replace(sampler, steps=steps, denoise=False)
+
+
+@torch.no_grad()
+def deterministic(name: str, score: Score, sde: SDE, x: Tensor) -> None:
+    """The table of one target and what it says to what was asked."""
+    exact = VelocityAdams(1500, order=4, grid=UniformLogSNR(), denoise=False)
+    truth = exact(score, sde, x)
+    again = replace(exact, steps=1000)(score, sde, x)
+    doubt = float((again - truth).square().mean().sqrt())
+    print(f"\n## {name}: {tuple(x.shape)}, reference good to {doubt:.1g}\n")
+    print("| solver | grid |", *(f"{n} |" for n in BUDGETS))
+    print("| --- | --- |", *("--- |" for _ in BUDGETS))
+    table: dict[tuple[str, str], dict[int, float]] = {}
+
+    def row(who: str, grid: str, solve) -> None:
+        try:
+            table[who, grid] = errors_of(solve, x, truth, score, BUDGETS)
+        except ImportError as error:
+            print(f"| {who} | not installed: {error} |")
+            return
+        seen = table[who, grid]
+        cells = (f"{seen[n]:.1e} |" if n in seen else " |" for n in BUDGETS)
+        print(f"| {who} | {grid} |", *cells, flush=True)
+
+    for who, (peer, each) in DETERMINISTIC.items():
+        for label, grid in GRIDS.items():
+            row(who, label, lambda s, x, n, p=peer, g=grid, e=each: p(s, sde, x, g(sde, n // e)))
+    fitted = VelocityAdams().fitted(score, sde, x).grid
+    for who, sampler in OURS.items():
+        for label, grid in {"log SNR": GRIDS["log SNR"], "fitted": fitted}.items():
+            made = replace(sampler, grid=grid)
+            row(who, label, lambda s, x, n, m=made: with_steps(m, n)(s, sde, x))
+    judge(name, table)
+
+
+def judge(name: str, table: dict[tuple[str, str], dict[int, float]]) -> None:
+    """Our default against the best of the others, and against what they do by default."""
+    ours = table["default", "fitted"]
+    theirs = {key: row for key, row in table.items() if key[0] in DETERMINISTIC}
+    print()
+    for nfe, error in ours.items():
+        rows = {key: row[nfe] for key, row in theirs.items() if nfe in row}
+        if not rows:
+            continue
+        best = min(rows, key=rows.get)
+        ratio, wanted = error / rows[best], ASKED.get(name, {}).get(nfe)
+        verdict = "" if wanted is None else ("met: " if ratio <= wanted else "NOT MET: ")
+        text = f"{error:.2g} at {nfe}, {ratio:.2g} of the best of the others ({' on '.join(best)})"
+        print(f"- {verdict}{text}" + ("" if wanted is None else f", wanted {wanted}"))
+    for who, grid in USUAL.items():
+        for nfe, wanted in ((20, 0.1 if "Heun" in who else 0.2), (50, 0.02)):
+            row = theirs.get((who, grid), {})
+            if nfe in row and nfe in ours and not ("Heun" in who and nfe == 50):
+                ratio = ours[nfe] / row[nfe]
+                print(
+                    f"- {'met' if ratio <= wanted else 'NOT MET'}: default to default, "
+                    f"{ratio:.2g} of {who} at {nfe}, wanted {wanted}"
+                )
+
+
+@torch.no_grad()
+def overhead(rounds: int = 25, evaluations: int = 50) -> None:
+    """Microseconds of an evaluation beside a trivial network, medians of alternated rounds."""
+    sde, x = VPSDE(t_min=1e-3), torch.randn(4, 1, 28, 28)
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return x * 0.1
+
+    times = UniformLogSNR()(sde, evaluations)
+    calls = {}
+    for who, (peer, each) in DETERMINISTIC.items():
+        few = UniformLogSNR()(sde, evaluations // each)
+        calls[who] = lambda p=peer, g=few: p(score, sde, x, g)
+    grid = VelocityAdams().fitted(score, sde, x).grid
+    ours = dict(OURS) | {"default": VelocityAdams(grid=grid), "DDIM": DDIM()}
+    for who, sampler in ours.items():
+        made = with_steps(sampler, evaluations)
+        calls[who] = lambda m=made: m(score, sde, x)
+    calls["bare network"] = lambda: [score(x, times[0]) for _ in range(evaluations)]
+    spent: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for who, call in list(calls.items()):
+            began = time.perf_counter()
+            try:
+                call()
+            except ImportError:
+                del calls[who]
+                continue
+            spent.setdefault(who, []).append((time.perf_counter() - began) / evaluations * 1e6)
+    bare = statistics.median(spent.pop("bare network"))
+    print(f"\n## overhead: microseconds an evaluation beside a network of {bare:.1f}\n")
+    extra = {who: statistics.median(values) - bare for who, values in spent.items()}
+    for who, value in sorted(extra.items(), key=lambda pair: pair[1]):
+        low, high = (edge - bare for edge in statistics.quantiles(spent[who], n=4)[::2])
+        print(f"- {who}{' (ours)' if who in ours else ''}: {value:.0f} ({low:.0f}..{high:.0f})")
+    best = min((value for who, value in extra.items() if who not in ours), default=None)
+    if best is not None:
+        ratio, wanted = extra["default"] / best, 15 / 51  # microseconds, where it was asked
+        verdict = "met" if ratio <= wanted else "NOT MET"
+        print(
+            f"- {verdict}: our default takes {ratio:.2f} of the best of the others, {wanted:.2f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = [*TARGETS, "overhead", "digits"]
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
+    parser.add_argument("--checkpoint", type=Path, help="of the digits model")
+    options = parser.parse_args()
+    if unknown := set(options.names) - set(names):
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(names)}")
+    torch.set_num_threads(1)
+    for name in options.names or names[:-1]:
+        began, generator = time.monotonic(), torch.Generator().manual_seed(5)
+        if name == "overhead":
+            overhead()
+        elif name in NETWORKS:
+            if options.checkpoint is None:
+                parser.error("digits needs --checkpoint")
+            target = network(name, options.checkpoint, 2)
+            sde, shape = target.flow.sde, (64, *target.x.shape[1:])
+            x = sde.prior_sample(shape, generator=generator)
+            deterministic(name, target.flow.score, sde, x)
+        else:
+            data, sde = MIXTURES[name][0](), VPSDE(t_min=1e-3)
+            x = sde.prior_sample(
+                (TARGETS[name], *data.shape), generator=generator, dtype=torch.float64
+            )
+            deterministic(name, data.score(sde), sde, x)
+        print(f"{time.monotonic() - began:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -322,6 +322,9 @@ def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMi
             "TorchSDE needs method to be one of euler, .*; got method='rk4'",
         ),
         (lambda: TorchSDE(eta=0.0), "TorchSDE needs eta to be a finite number > 0"),
+        (lambda: Heun(grid=3), "Heun needs a grid, .*got grid=3"),
+        (lambda: VelocityAdams(grid=3), "VelocityAdams needs a grid, .*got grid=3"),
+        (lambda: VelocityAdams(0), "VelocityAdams needs steps to be a whole number >= 1"),
         (lambda: DEIS(order=5), "DEIS has orders 1 to 4; got order=5"),
         (lambda: DEIS(eta=-1.0), "DEIS needs eta to be a finite number >= 0"),
         (lambda: DPMSolverPP(order=4), "DPMSolverPP has orders 1 to 3"),
@@ -352,6 +355,20 @@ def test_a_score_of_nan_ends_in_a_sentence(make: Make) -> None:
 
     with pytest.raises(SamplingError, match="NaN"):
         make(5)(lambda x, t: x * math.nan, VPSDE(), x)
+
+
+@of({k: BY_STEPS[k] for k in ("ddim", "heun", "unipc", "velocity_adams", "dpm_solver")})
+def test_a_score_of_another_shape_is_refused_and_one_of_another_dtype_is_not(
+    make: Make, mixture: GaussianMixture
+) -> None:
+    sde, x = VPSDE(), VPSDE().prior_sample((4, 2), generator=torch.Generator().manual_seed(0))
+    score = mixture.score(sde)
+    for wrong, got in ((lambda x, t: score(x, t)[:, :1], ", 1"), (lambda x, t: None, "NoneType")):
+        with pytest.raises(ValueError, match="in the shape of x, .*; got .*" + got):
+            make(5)(wrong, sde, x)
+    other = make(5)(lambda x, t: score(x.double(), t), sde, x)
+    assert other.dtype == torch.float32
+    assert_close(other, make(5)(score, sde, x), rtol=1e-3, atol=1e-4)
 
 
 @of({k: BY_STEPS[k] for k in ("ddim", "heun_churn", "unipc", "ancestral")})

@@ -181,6 +181,11 @@ class FixedStepSampler(Sampler):
         steps = validation.count(type(self).__name__, "steps", self.steps)
         object.__setattr__(self, "steps", steps)
         validation.flag(type(self).__name__, "denoise", self.denoise)
+        if not callable(self.grid):
+            raise ValueError(
+                f"{type(self).__name__} needs a grid, such as sde_lib.grids.UniformLogSNR(); got "
+                f"grid={self.grid!r}."
+            )
 
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """Lay out the plan once: a grid that does not fit the process says so."""
@@ -200,13 +205,33 @@ class FixedStepSampler(Sampler):
         """The states on the way, as (time, x), the first at t_max and the last the result."""
         plan = self.plan(sde)
         times = plan.levels.t.tolist()
-        noise = partial(randn_like, x, generator)
+        noise, inner = partial(randn_like, x, generator), InShape(score)
         yield sde.t_max, x
         for (move, now, nxt), (_, _, j) in zip(plan.on(x), plan.moves, strict=True):
-            x = move(score, x, now, nxt, noise)
+            x = move(inner, x, now, nxt, noise)
+            if inner is not score and inner.fits:
+                inner = score  # one answer tells for all
             yield times[j], x
         if self.denoise:
-            yield times[j], denoise(score, x, nxt)
+            yield times[j], denoise(inner, x, nxt)
+
+
+class InShape:
+    """A score function whose answers are held to the shape and the dtype of its argument."""
+
+    def __init__(self, score: Score) -> None:
+        self.score, self.fits = score, False
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        found = self.score(x, t)
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(
+                f"the score function must return a tensor in the shape of x, {tuple(x.shape)}; "
+                f"got {got}."
+            )
+        self.fits = found.dtype == x.dtype
+        return found.to(x.dtype)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from sde_lib.grids import FittedGrid, Grid, UniformLogSNR
 from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import Score
+from sde_lib.samplers.base import InShape
 from sde_lib.samplers.exponential import PREDICTIONS
 from sde_lib.samplers.multistep import Multistep, lowered
 from sde_lib.sde import SDE
@@ -56,7 +57,11 @@ class VelocityAdams(Multistep):
     correctable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.grid is not None:
+            super().__post_init__()
+        else:
+            self._somewhere()
+            object.__setattr__(self, "steps", int(self.steps))
         if self.order is not None:
             order = validation.count("VelocityAdams", "order", self.order)
             if order > self.most:
@@ -129,10 +134,11 @@ def fitted_grid(
         """Mean squares of the third differences of samples ``rows``, [NODES - 3, rows]."""
         last: list[Tensor] = []
         found: list[Tensor] = []
+        inner = InShape(score)
 
         def watched(x: Tensor, t: Tensor) -> Tensor:
             n = len(last) + len(found)
-            answer = score(x, t)
+            answer = inner(x, t)
             last.append(p[n] * x + q[n] * answer)
             if len(last) > 3:
                 third = last[3] - 3 * (last[2] - last[1]) - last[0]

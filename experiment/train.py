@@ -66,6 +66,11 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     objective = run.build("objective")
     model = _seeded(run)
     sampler.check(model.sde)
+    if getattr(sampler, "variance", None) == "analytic":
+        raise RunError(
+            "variance=analytic is measured on a trained model; train with another sampler, then "
+            "run mode=calibrate and mode=sample with this one."
+        )
     state = State.fresh(model, settings)
     tracker = Safe(run.build("tracking"))
     if run.fresh:

@@ -333,3 +333,24 @@ def test_tables_are_remembered_for_what_cannot_change() -> None:
     assert len(calls) == 3
     remembered(table, VPSDE(beta_max=10.0), 3)
     assert len(calls) == 4
+
+
+def test_a_model_that_breaks_on_the_way_ends_the_pilot_in_a_sentence() -> None:
+    sde = VPSDE()
+    with pytest.raises(SamplingError, match="first at step"):
+        VelocityAdams(5)(lambda x, t: -x * (math.nan if t < 0.3 else 1), sde, starts(sde))
+
+
+@pytest.mark.parametrize("sampler", [DEIS, DPMSolver, DPMSolverPP, UniPC, VelocityAdams])
+def test_tables_made_in_inference_mode_serve_outside_and_orders_may_be_floats(sampler) -> None:
+    sde, made = VPSDE(beta_max=17.0), sampler(4, order=2.0)
+    x = starts(sde)
+    with torch.inference_mode():
+        first = made(lambda x, t: -x, sde, x)
+
+    @torch.enable_grad()
+    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((-0.5 * x.square() * (1 + 0 * t)).sum(), x)[0]
+
+    assert_close(made(guided, sde, x), first.clone())

@@ -137,7 +137,7 @@ def check_samples(sampler: Sampler, score: Score, sde: SDE, x: Tensor, end: Tens
     finite = torch.isfinite(end)
     if bool(finite.all()):
         return
-    lost = int((~finite.flatten(1).all(1)).sum())
+    lost = int((~finite.reshape(len(end), -1).all(1)).sum())
     states = enumerate(sampler.trajectory(score, sde, x))
     bad = ((step, t) for step, (t, state) in states if not bool(torch.isfinite(state).all()))
     first = next(bad, None)
@@ -299,6 +299,9 @@ def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
     """
     if not all(_fixed(arg) for arg in args):
         return function(*args)
+    if torch.is_inference_mode_enabled():  # what is kept must serve outside of it too
+        with torch.inference_mode(False), torch.no_grad():
+            return remembered(function, *args)
     key = function, args
     try:
         if key in _memory:
@@ -311,6 +314,6 @@ def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
 
 
 def _fixed(value: Hashable) -> bool:
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return type(value).__dataclass_params__.frozen
     return isinstance(value, str | int | float | None)

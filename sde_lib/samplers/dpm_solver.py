@@ -54,7 +54,9 @@ class DPMSolver(ExponentialSampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if validation.count("DPMSolver", "order", self.order) > 3:
+        order = validation.count("DPMSolver", "order", self.order)
+        object.__setattr__(self, "order", order)
+        if order > 3:
             raise ValueError(f"DPMSolver has orders 1 to 3; got order={self.order}.")
         validation.choice("DPMSolver", "prediction", self.prediction, ("data", "noise"))
         validation.flag("DPMSolver", "lower_order_final", self.lower_order_final)

@@ -219,7 +219,8 @@ class UniPC(Multistep):
 
 def _check(sampler: Multistep, most: int) -> None:
     owner = type(sampler).__name__
-    if validation.count(owner, "order", sampler.order) > most:
+    object.__setattr__(sampler, "order", validation.count(owner, "order", sampler.order))
+    if sampler.order > most:
         raise ValueError(f"{owner} has orders 1 to {most}; got order={sampler.order}.")
     if hasattr(sampler, "eta"):
         validation.real(owner, "eta", sampler.eta, at_least=0)

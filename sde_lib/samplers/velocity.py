@@ -14,7 +14,7 @@ from sde_lib.grids import FittedGrid, Grid, UniformLogSNR
 from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import InShape
+from sde_lib.samplers.base import InShape, check_samples
 from sde_lib.samplers.exponential import PREDICTIONS
 from sde_lib.samplers.multistep import Multistep, lowered
 from sde_lib.sde import SDE
@@ -35,7 +35,7 @@ class VelocityAdams(Multistep):
 
     The grid is dense where v bends along the paths of a few samples of the model
     (:func:`fitted_grid`, 64 evaluations of 32 samples, remembered while the score function stays
-    the same object); :meth:`fitted` does that beforehand.
+    the same object, whatever becomes of its weights); :meth:`fitted` does that beforehand.
 
     Args:
         steps: Evaluations, and one more for the denoise.
@@ -64,6 +64,7 @@ class VelocityAdams(Multistep):
             object.__setattr__(self, "steps", int(self.steps))
         if self.order is not None:
             order = validation.count("VelocityAdams", "order", self.order)
+            object.__setattr__(self, "order", order)
             if order > self.most:
                 raise ValueError(f"VelocityAdams has orders 1 to {self.most}; got order={order}.")
 
@@ -95,6 +96,10 @@ class VelocityAdams(Multistep):
         if self.grid is not None:
             return self
         key = (score, sde, tuple(like.shape[1:]), like.dtype, str(like.device))
+        try:
+            hash(key)
+        except TypeError:  # nothing to remember it by
+            return replace(self, grid=fitted_grid(score, sde, like))
         if key not in self.memory:
             self.memory.clear()
             self.memory[key] = fitted_grid(score, sde, like)
@@ -142,14 +147,17 @@ def fitted_grid(
             last.append(p[n] * x + q[n] * answer)
             if len(last) > 3:
                 third = last[3] - 3 * (last[2] - last[1]) - last[0]
-                found.append(third.double().flatten(1).square().mean(1))
+                found.append(third.double().reshape(len(x), -1).square().mean(1))
                 last.pop(0)
             return answer
 
         streams = PerSample([seed + row for row in rows], like.device)
         shape = (len(rows), *like.shape[1:])
         start = sde.prior_sample(shape, generator=streams, device=like.device, dtype=like.dtype)
-        sampler(watched, sde, start)
+        end = start
+        for _, end in sampler.trajectory(watched, sde, start):  # noqa: B007
+            pass
+        check_samples(sampler, score, sde, start, end)
         return torch.stack(found)
 
     squares = torch.cat(in_halves(bends, range(samples)), dim=1).mean(1).cpu()

@@ -33,9 +33,9 @@ from sde_lib.samplers import (  # noqa: E402
     DPMSolver,
     DPMSolverPP,
     FixedStepSampler,
+    FlowAdams,
     Heun,
     UniPC,
-    VelocityAdams,
 )
 
 BUDGETS = (5, 8, 10, 15, 20, 50, 100)
@@ -43,7 +43,7 @@ GRIDS: dict[str, Grid] = {"t": UniformTime(), "log SNR": UniformLogSNR(), "Karra
 TARGETS = {"mixture2": 512, "mixture32": 192, "image784": 48}  # and how many samples
 USUAL = {"diffusers UniPC 2": "t", "diffusers DPM-Solver++ 2M": "t", "k-diffusion Heun": "Karras"}
 OURS: dict[str, FixedStepSampler] = {
-    "default": VelocityAdams(),
+    "default": FlowAdams(),
     "DEIS 3": DEIS(),
     "DPM-Solver 3": DPMSolver(),
     "DPM-Solver++ 2M": DPMSolverPP(),
@@ -77,7 +77,7 @@ def with_steps(sampler: FixedStepSampler, nfe: int) -> FixedStepSampler:
 @torch.no_grad()
 def deterministic(name: str, score: Score, sde: SDE, x: Tensor) -> None:
     """The table of one target and what it says to what was asked."""
-    exact = VelocityAdams(1500, order=4, grid=UniformLogSNR(), denoise=False)
+    exact = FlowAdams(1500, order=4, grid=UniformLogSNR(), denoise=False)
     truth = exact(score, sde, x)
     again = replace(exact, steps=1000)(score, sde, x)
     doubt = float((again - truth).square().mean().sqrt())
@@ -99,7 +99,7 @@ def deterministic(name: str, score: Score, sde: SDE, x: Tensor) -> None:
     for who, (peer, each) in DETERMINISTIC.items():
         for label, grid in GRIDS.items():
             row(who, label, lambda s, x, n, p=peer, g=grid, e=each: p(s, sde, x, g(sde, n // e)))
-    fitted = VelocityAdams().fitted(score, sde, x).grid
+    fitted = FlowAdams().fitted(score, sde, x).grid
     for who, sampler in OURS.items():
         for label, grid in {"log SNR": GRIDS["log SNR"], "fitted": fitted}.items():
             made = replace(sampler, grid=grid)
@@ -145,8 +145,8 @@ def overhead(rounds: int = 25, evaluations: int = 50) -> None:
     for who, (peer, each) in DETERMINISTIC.items():
         few = UniformLogSNR()(sde, evaluations // each)
         calls[who] = lambda p=peer, g=few: p(score, sde, x, g)
-    grid = VelocityAdams().fitted(score, sde, x).grid
-    ours = dict(OURS) | {"default": VelocityAdams(grid=grid), "DDIM": DDIM()}
+    grid = FlowAdams().fitted(score, sde, x).grid
+    ours = dict(OURS) | {"default": FlowAdams(grid=grid), "DDIM": DDIM()}
     for who, sampler in ours.items():
         made = with_steps(sampler, evaluations)
         calls[who] = lambda m=made: m(score, sde, x)

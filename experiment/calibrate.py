@@ -12,7 +12,7 @@ from experiment.seeds import stream
 from experiment.shards import alone
 from likelihood import calibrate_variance
 from sde_lib import probability_flow, validation
-from sde_lib.samplers import VelocityAdams
+from sde_lib.samplers import FlowAdams
 
 
 def calibrate(run: Run, *, num_samples: int = 2000, levels: int = 100) -> None:
@@ -20,7 +20,7 @@ def calibrate(run: Run, *, num_samples: int = 2000, levels: int = 100) -> None:
     data at each of ``levels`` steps of log(sigma/alpha), and fit the grid of the default sampler.
 
     Kept in ``fitted/`` of the run by the digest of the weights: ``sampler=analytic_ddpm`` and
-    ``analytic_ddim`` ask for the first, ``velocity_adams`` for the second.
+    ``analytic_ddim`` ask for the first, ``flow_adams`` for the second.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
@@ -40,9 +40,10 @@ def calibrate(run: Run, *, num_samples: int = 2000, levels: int = 100) -> None:
         steps=levels - 1,
         generator=stream(run.seed, "calibrate", 1),
     )
-    say(f"analytic variance of {path.name}: {keep_variance(variance, path, folder)}")
+    kept = keep_variance(variance, path, folder)
+    say(f"analytic variance of {path.name} on {len(train)} training samples: {kept}")
     say("log(sigma/alpha), share of the noise that the model cannot tell:")
     for i in range(0, levels, max(1, (levels - 1) // 10)):
         say(f"  {float(variance.clock[i]):7.2f}  {float(variance.unresolved[i]):.4f}")
     like = torch.zeros(1, *data.shape, device=device)
-    fitted(VelocityAdams(), model, like, checkpoint=path, folder=folder)
+    fitted(FlowAdams(), model, like, checkpoint=path, folder=folder)

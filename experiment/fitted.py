@@ -39,8 +39,11 @@ def fitted(
     Raises:
         RunError: If it wants the analytic variance and mode=calibrate has not run.
     """
-    weights = _digest(checkpoint)
+    if hasattr(sampler, "predictor"):
+        inner = fitted(sampler.predictor, model, like, checkpoint=checkpoint, folder=folder)
+        return replace(sampler, predictor=inner)
     if getattr(sampler, "variance", None) == "analytic":
+        weights = _digest(checkpoint)
         variance = _read(_path("variance", weights, folder), weights, _variance)
         if variance is None:
             raise RunError(
@@ -48,15 +51,16 @@ def fitted(
                 "`python run.py mode=calibrate` with the same choices first."
             )
         return replace(sampler, variance=variance)
+    if getattr(sampler, "grid", sampler) is not None:
+        return sampler.fitted(model.score, model.sde, like)
+    weights = _digest(checkpoint)
     kept = _path("grid", weights, folder)
-    if getattr(sampler, "grid", sampler) is None:
-        grid = _read(kept, weights, lambda c: FittedGrid(tuple(c["clock"]), tuple(c["density"])))
-        if grid is not None:
-            return replace(sampler, grid=grid)
+    grid = _read(kept, weights, lambda c: FittedGrid(tuple(c["clock"]), tuple(c["density"])))
+    if grid is not None:
+        return replace(sampler, grid=grid)
     found = sampler.fitted(model.score, model.sde, like)
-    if found is not sampler:
-        _write(kept, weights, clock=found.grid.clock, density=found.grid.density)
-        say(f"steps fitted to the model, once: {kept}")
+    _write(kept, weights, clock=found.grid.clock, density=found.grid.density)
+    say(f"steps fitted to the model, once: {kept}")
     return found
 
 
@@ -77,7 +81,8 @@ def _variance(content: dict[str, Any]) -> AnalyticVariance:
 
 
 def _digest(checkpoint: Path) -> str:
-    return hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    with checkpoint.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _path(kind: str, weights: str, folder: Path) -> Path:

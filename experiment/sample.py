@@ -59,8 +59,9 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
     def drawn(rows: range) -> Drawn:
         score = Counted(model.score)
         streams = sample_streams(run.seed, "samples", rows, run.device())
-        states = [state.cpu() for state in draw(score, model, sampler, data.shape, streams)]
-        return Drawn(states[-1], streams.seeds, score.nfe, states if rows.start == 0 else [])
+        states = draw(score, model, sampler, data.shape, streams)
+        shown = [state.cpu() for state in states] if rows.start == 0 else []
+        return Drawn(states[-1].cpu(), streams.seeds, score.nfe, shown)
 
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         began = time.monotonic()

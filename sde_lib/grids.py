@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -125,8 +125,8 @@ class FittedGrid(Grid):
         density: Steps per unit of u there, > 0, up to a factor; linear in between.
     """
 
-    clock: tuple[float, ...]
-    density: tuple[float, ...]
+    clock: tuple[float, ...] = field(repr=False)
+    density: tuple[float, ...] = field(repr=False)
 
     def __post_init__(self) -> None:
         clock, density = (torch.tensor(part) for part in (self.clock, self.density))

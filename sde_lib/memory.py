@@ -33,8 +33,8 @@ def in_halves(
             raise
         if len(rows) == 1:
             raise MemoryError(
-                "not even one sample fits into memory; use a smaller network, "
-                "likelihood.divergence.chunk=1 with an exact trace, or device=cpu."
+                "not even one sample fits into memory; use a smaller network or device=cpu, and "
+                "for a likelihood with the exact trace likelihood.divergence.chunk=1."
             ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

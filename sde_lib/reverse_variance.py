@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -85,8 +85,8 @@ class AnalyticVariance(ReverseVariance):
         decoder_std: Best standard deviation of a density decoder at the first, model units.
     """
 
-    clock: Tensor
-    unresolved: Tensor
+    clock: Tensor = field(repr=False)
+    unresolved: Tensor = field(repr=False)
     decoder_std: float
 
     def __post_init__(self) -> None:
@@ -145,9 +145,9 @@ def named_variance(owner: str, variance: ReverseVariance | str) -> ReverseVarian
     Raises:
         ValueError: Listing what there is, for ``owner``.
     """
-    if callable(variance):
+    if isinstance(variance, ReverseVariance):
         return variance
-    if variance not in VARIANCES:
+    if not isinstance(variance, str) or variance not in VARIANCES:
         raise ValueError(
             f"{owner} needs variance to be one of {', '.join(sorted(VARIANCES))} or an "
             f"object; got variance={variance!r}. The analytic one comes from "

@@ -662,22 +662,28 @@ def test_two_dimensional_data_train_and_score_in_nats_from_the_command_line(tmp_
     assert list((tmp_path / "runs/eight_gaussians-vp-mlp/figures").glob("density-*.png"))
 
 
+def in_processes(count, *arguments, cwd):
+    """What `run.py ARGUMENTS` printed, in ``count`` processes of torchrun, or started plainly."""
+    together = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    result = subprocess.run(
+        [sys.executable, *(together if count > 1 else []), str(ROOT / "run.py"), *arguments],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
 def test_two_processes_give_the_numbers_of_one(trained):
     folder, _ = trained
-    command = [str(ROOT / "run.py"), *TINY, "mode=likelihood", "likelihood.max_samples=5"]
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     values = []
-    for start in ([], two):
-        result = subprocess.run(
-            [sys.executable, *start, *command],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("test set under") == 1, "one process speaks for all"
+    for count in (1, 2):
+        choices = ["mode=likelihood", "likelihood.max_samples=5"]
+        printed = in_processes(count, *TINY, *choices, cwd=folder)
+        assert printed.count("test set under") == 1, "one process speaks for all"
         (array,) = the_run(folder).glob("likelihood-00000006-first-5-??????.npz")
         with np.load(array) as content:
             values.append(content["bits_per_dim"])
@@ -691,22 +697,11 @@ def test_two_processes_draw_the_samples_of_one(trained, tmp_path):
     checkpoint = next(the_run(folder).glob("checkpoints/step-*.pt"))
     choices = ["mode=sample", "sampler=dpmpp_sde", "sampler.steps=3", "mode.num_samples=7"]
     drawn = []
-    for name, start in (
-        ("one", []),
-        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
-    ):
-        place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", f"run.name={name}"]
-        result = subprocess.run(
-            [sys.executable, *start, str(ROOT / "run.py"), *TINY, *choices, *place],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("7 samples by") == 1, "one process speaks for all"
-        (array,) = (tmp_path / name / "samples").glob("samples-*.npz")
+    for count in (1, 2):
+        place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", f"run.name=by-{count}"]
+        printed = in_processes(count, *TINY, *choices, *place, cwd=folder)
+        assert printed.count("7 samples by") == 1, "one process speaks for all"
+        (array,) = (tmp_path / f"by-{count}" / "samples").glob("samples-*.npz")
         drawn.append(dict(np.load(array)))
     assert len(drawn[0]["samples"]) == 7
     for key in ("samples", "seeds", "nfe"):
@@ -726,7 +721,7 @@ def test_a_calibration_is_asked_for_made_and_used(trained, tmp_path):
     (kept,) = (tmp_path / "calibrated/fitted").glob("variance-*.json")
     content = json.loads(kept.read_text())
     assert len(content["clock"]) == len(content["unresolved"]) == 5
-    assert (tmp_path / "calibrated/fitted").glob("grid-*.json")
+    assert list((tmp_path / "calibrated/fitted").glob("grid-*.json"))
 
     assert run(*analytic, *place, cwd=folder).returncode == 0
     kept.write_text(kept.read_text()[:50])  # torn: as good as none

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from experiment.fitted import fitted
 from sde_lib import SDE, VPSDE, Counted
-from sde_lib.grids import FittedGrid, Karras, UniformLogSNR, UniformTime
+from sde_lib.grids import FittedGrid, Grid, Karras, UniformLogSNR, UniformTime
 from sde_lib.oracles import Gaussian, GaussianMixture
 from sde_lib.samplers import (
     DDIM,
@@ -23,10 +23,10 @@ from sde_lib.samplers import (
     Ancestral,
     DPMSolver,
     DPMSolverPP,
+    FlowAdams,
     PredictorCorrector,
     SamplingError,
     UniPC,
-    VelocityAdams,
     fitted_grid,
 )
 from sde_lib.samplers.base import remembered
@@ -266,7 +266,7 @@ def test_the_fitted_grid_is_dense_where_the_model_has_structure() -> None:
 def test_a_grid_is_fitted_once_for_a_model_and_not_to_the_batch(mixture) -> None:
     sde, other = VPSDE(), VPSDE(beta_max=15.0)
     score = Counted(mixture.score(sde))
-    sampler = VelocityAdams(10)
+    sampler = FlowAdams(10)
     first = sampler(score, sde, starts(sde))
     assert score.nfe == 64 + 11
     assert torch.equal(sampler(score, sde, starts(sde)), first) and score.nfe == 64 + 22
@@ -276,7 +276,7 @@ def test_a_grid_is_fitted_once_for_a_model_and_not_to_the_batch(mixture) -> None
     kept = sampler.fitted(score, sde, starts(sde))
     assert kept.fitted(score, sde, starts(sde)) is kept
     with pytest.raises(SamplingError, match="NaN"):
-        VelocityAdams(5)(lambda x, t: x * math.nan, sde, starts(sde))
+        FlowAdams(5)(lambda x, t: x * math.nan, sde, starts(sde))
 
 
 def test_a_grid_stays_with_its_weights(tmp_path, mixture) -> None:
@@ -291,18 +291,50 @@ def test_a_grid_stays_with_its_weights(tmp_path, mixture) -> None:
     weights.write_bytes(b"a")
     other.write_bytes(b"b")
     where = {"like": torch.zeros(1, 2), "folder": tmp_path}
-    first = fitted(VelocityAdams(), model, checkpoint=weights, **where)
+    first = fitted(FlowAdams(), model, checkpoint=weights, **where)
     assert model.score.nfe == 64
-    again = fitted(VelocityAdams(), model, checkpoint=weights, **where)
+    again = fitted(FlowAdams(), model, checkpoint=weights, **where)
     assert model.score.nfe == 64 and again.grid == first.grid
-    fitted(VelocityAdams(), model, checkpoint=other, **where)
+    fitted(FlowAdams(), model, checkpoint=other, **where)
     assert model.score.nfe == 128
     for file in tmp_path.glob("grid-*.json"):
         file.write_text(json.dumps({"weights": "?"}))
-    assert fitted(VelocityAdams(), model, checkpoint=weights, **where).grid == first.grid
+    assert fitted(FlowAdams(), model, checkpoint=weights, **where).grid == first.grid
     assert model.score.nfe == 192
-    asked = VelocityAdams(grid=UniformTime())
+    asked = FlowAdams(grid=UniformTime())
     assert fitted(asked, model, checkpoint=weights, **where) is asked
+
+
+def test_a_grid_is_fitted_anew_when_the_weights_have_changed() -> None:
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.std = torch.nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+
+        def score(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            level = VPSDE().level(t)
+            return -x / ((level.alpha * self.std) ** 2 + level.sigma**2)
+
+    sde, network, sampler = VPSDE(), Network(), FlowAdams(10)
+    before = sampler.fitted(network.score, sde, starts(sde)).grid
+    assert sampler.fitted(network.score, sde, starts(sde)).grid is before
+    with torch.no_grad():
+        network.std.fill_(0.02)
+    after = sampler.fitted(network.score, sde, starts(sde)).grid
+    assert after != before
+    assert after == FlowAdams().fitted(network.score, sde, starts(sde)).grid
+
+
+def test_without_a_grid_there_is_no_plan_yet() -> None:
+    with pytest.raises(ValueError, match="no grid yet; use the sampler that fitted"):
+        FlowAdams().plan(VPSDE())
+    FlowAdams().check(VPSDE())
+
+
+def test_what_is_shown_of_a_fitted_sampler_is_short(mixture) -> None:
+    sde = VPSDE()
+    sampler = FlowAdams().fitted(mixture.score(sde), sde, starts(sde))
+    assert len(repr(sampler)) < 150
 
 
 @pytest.mark.parametrize(
@@ -335,13 +367,30 @@ def test_tables_are_remembered_for_what_cannot_change() -> None:
     assert len(calls) == 4
 
 
+def test_a_grid_that_changes_within_a_sampler_changes_what_it_does(mixture) -> None:
+    class Bending(Grid):
+        power = 7.0
+
+        def times(self, sde: SDE, fractions: torch.Tensor) -> torch.Tensor:
+            return Karras(self.power).times(sde, fractions)
+
+    sde, grid = VPSDE(), Bending()
+    sampler = DPMSolverPP(6, grid=grid)
+    score = mixture.score(sde)
+    first = sampler(score, sde, starts(sde))
+    grid.power = 1.0
+    wanted = DPMSolverPP(6, grid=Karras(1.0))(score, sde, starts(sde))
+    assert_close(sampler(score, sde, starts(sde)), wanted)
+    assert float((first - wanted).abs().max()) > 1e-3
+
+
 def test_a_model_that_breaks_on_the_way_ends_the_pilot_in_a_sentence() -> None:
     sde = VPSDE()
     with pytest.raises(SamplingError, match="first at step"):
-        VelocityAdams(5)(lambda x, t: -x * (math.nan if t < 0.3 else 1), sde, starts(sde))
+        FlowAdams(5)(lambda x, t: -x * (math.nan if t < 0.3 else 1), sde, starts(sde))
 
 
-@pytest.mark.parametrize("sampler", [DEIS, DPMSolver, DPMSolverPP, UniPC, VelocityAdams])
+@pytest.mark.parametrize("sampler", [DEIS, DPMSolver, DPMSolverPP, UniPC, FlowAdams])
 def test_tables_made_in_inference_mode_serve_outside_and_orders_may_be_floats(sampler) -> None:
     sde, made = VPSDE(beta_max=17.0), sampler(4, order=2.0)
     x = starts(sde)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_sampler_orders import gaussian_moments, wanted_moments
 from torch.testing import assert_close
 
+from experiment.errors import RunError
+from experiment.fitted import fitted, keep_variance
 from likelihood import calibrate_variance
 from sde_lib import SDE, VPSDE, probability_flow
 from sde_lib.grids import Karras, UniformLogSNR
@@ -19,7 +22,7 @@ from sde_lib.reverse_variance import (
     PosteriorVariance,
     posterior,
 )
-from sde_lib.samplers import DDIM, Ancestral
+from sde_lib.samplers import DDIM, Ancestral, PredictorCorrector
 
 
 def exact_variance(sde: SDE, data: Gaussian, steps: int) -> AnalyticVariance:
@@ -161,3 +164,18 @@ def test_the_last_step_has_no_more_noise_than_allowed(mixture: GaussianMixture) 
 def test_impossible_variances_are_refused(build, message) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_predictor_may_have_the_analytic_variance(tmp_path, mixture) -> None:
+    sde, checkpoint = VPSDE(), tmp_path / "step.pt"
+    checkpoint.write_bytes(b"weights")
+    asked = PredictorCorrector(predictor=Ancestral(variance="analytic"))
+    asked.check(sde)
+    model = SimpleNamespace(score=mixture.score(sde), sde=sde)
+    where = {"like": torch.zeros(1, 2), "checkpoint": checkpoint, "folder": tmp_path}
+    with pytest.raises(RunError, match="mode=calibrate"):
+        fitted(asked, model, **where)
+    keep_variance(exact_variance(sde, Gaussian(0.0, 1.0), 9), checkpoint, tmp_path)
+    filled = fitted(asked, model, **where)
+    assert isinstance(filled.predictor.variance, AnalyticVariance)
+    filled.plan(sde)

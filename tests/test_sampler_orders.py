@@ -26,13 +26,13 @@ from sde_lib.samplers import (
     DPMSolverPP,
     EulerMaruyama,
     FixedStepSampler,
+    FlowAdams,
     Heun,
     LangevinCorrector,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
     UniPC,
-    VelocityAdams,
 )
 
 Make = Callable[[int], Sampler]
@@ -51,14 +51,14 @@ FLOW = {
     "unipc_1": partial(UniPC, order=1),
     "unipc_2": UniPC,
     "unipc_noise": partial(UniPC, prediction="noise"),
-    "velocity_adams_1": partial(VelocityAdams, order=1, grid=UniformLogSNR()),
+    "flow_adams_1": partial(FlowAdams, order=1, grid=UniformLogSNR()),
 }
 MANY_STEPS = {  # until the leading term of the error leads; on a Gaussian
     "dpm_solver_3": (DPMSolver, 3),
     "dpm_solver_3_full": (partial(DPMSolver, lower_order_final=False), 3),
     "dpmpp_3s": (partial(DPMSolver, prediction="data", lower_order_final=False), 3),
-    "velocity_adams_2": (partial(VelocityAdams, order=2, grid=UniformLogSNR()), 2),
-    "velocity_adams_3": (partial(VelocityAdams, order=3, grid=UniformLogSNR()), 3),
+    "flow_adams_2": (partial(FlowAdams, order=2, grid=UniformLogSNR()), 2),
+    "flow_adams_3": (partial(FlowAdams, order=3, grid=UniformLogSNR()), 3),
 }
 LOW_START = {  # on a Gaussian their first steps, of lower order, decide
     "deis_3": (DEIS, 3),
@@ -109,7 +109,7 @@ def test_third_orders_of_multistep_rules_are_reached_on_a_mixture(
     assert math.log(errors[0] / errors[1], 4) == pytest.approx(order, abs=0.35)  # 2.67 on VE
 
 
-@of({"unipc_3": partial(UniPC, order=3), "velocity_adams_4": partial(VelocityAdams, order=4)})
+@of({"unipc_3": partial(UniPC, order=3), "flow_adams_4": partial(FlowAdams, order=4)})
 def test_fourth_orders_gain_more_than_a_third_order_could(
     make: Make, mixture: GaussianMixture
 ) -> None:

@@ -13,8 +13,9 @@ from torch.testing import assert_close
 
 from sde_lib import SDE, VESDE, VPSDE, Counted, DiscreteSDE, PerSample
 from sde_lib.checks import check_sampler
-from sde_lib.grids import Subsequence, UniformLogSNR, UniformTime
+from sde_lib.grids import Karras, Subsequence, UniformLogSNR, UniformTime
 from sde_lib.oracles import GaussianMixture
+from sde_lib.reverse_variance import PosteriorVariance
 from sde_lib.samplers import (
     DDIM,
     DEIS,
@@ -24,6 +25,7 @@ from sde_lib.samplers import (
     DPMSolver,
     DPMSolverPP,
     EulerMaruyama,
+    FlowAdams,
     Heun,
     LangevinCorrector,
     PredictorCorrector,
@@ -32,7 +34,6 @@ from sde_lib.samplers import (
     SamplingError,
     TorchSDE,
     UniPC,
-    VelocityAdams,
 )
 from sde_lib.sde import Level
 
@@ -51,7 +52,7 @@ FLOW = {
     "dpmpp_2s": partial(DPMSolver, order=2, prediction="data"),
     "unipc": UniPC,
     "unipc_noise": partial(UniPC, order=1, prediction="noise"),
-    "velocity_adams": VelocityAdams,
+    "flow_adams": FlowAdams,
 }
 STOCHASTIC = {
     "euler_maruyama": EulerMaruyama,
@@ -241,8 +242,8 @@ def test_sample_i_is_the_same_alone_and_in_a_batch_of_7_and_of_64(
         (DPMSolver(7, order=2), 8),
         (DPMSolverPP(10), 11),
         (UniPC(10), 11),
-        (VelocityAdams(10, grid=UniformLogSNR()), 11),
-        (VelocityAdams(10), 11 + 64),
+        (FlowAdams(10, grid=UniformLogSNR()), 11),
+        (FlowAdams(10), 11 + 64),
         (AnnealedLangevin(10, inner_steps=5), 51),
         (TorchSDE(10), 12),
         (TorchSDE(10, method="heun"), 22),
@@ -322,9 +323,14 @@ def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMi
             "TorchSDE needs method to be one of euler, .*; got method='rk4'",
         ),
         (lambda: TorchSDE(eta=0.0), "TorchSDE needs eta to be a finite number > 0"),
+        (lambda: DDIM(grid=Karras), "DDIM needs a grid, .*got grid=<class"),
+        (lambda: Ancestral(variance=PosteriorVariance), "needs variance to be one of"),
+        (lambda: Ancestral(variance=[1]), "needs variance to be one of"),
+        (lambda: PredictorCorrector(predictor=AdaptiveODE()), "AdaptiveODE goes on from one"),
+        (lambda: PredictorCorrector(corrector=None), "needs a corrector with a step"),
         (lambda: Heun(grid=3), "Heun needs a grid, .*got grid=3"),
-        (lambda: VelocityAdams(grid=3), "VelocityAdams needs a grid, .*got grid=3"),
-        (lambda: VelocityAdams(0), "VelocityAdams needs steps to be a whole number >= 1"),
+        (lambda: FlowAdams(grid=3), "FlowAdams needs a grid, .*got grid=3"),
+        (lambda: FlowAdams(0), "FlowAdams needs steps to be a whole number >= 1"),
         (lambda: DEIS(order=5), "DEIS has orders 1 to 4; got order=5"),
         (lambda: DEIS(eta=-1.0), "DEIS needs eta to be a finite number >= 0"),
         (lambda: DPMSolverPP(order=4), "DPMSolverPP has orders 1 to 3"),
@@ -333,7 +339,7 @@ def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMi
         (lambda: UniPC(corrector="yes"), "corrector to be true or false"),
         (lambda: DPMSolver(order=4), "DPMSolver has orders 1 to 3"),
         (lambda: DPMSolver(10, lower_order_final=False), "multiple of the order 3; got steps=10"),
-        (lambda: VelocityAdams(order=6), "VelocityAdams has orders 1 to 5"),
+        (lambda: FlowAdams(order=6), "FlowAdams has orders 1 to 5"),
         (lambda: PredictorCorrector(predictor=UniPC()), "UniPC goes on from one that it remem"),
         (lambda: PredictorCorrector(predictor=DPMSolver()), "DPMSolver goes on from one that it"),
     ],
@@ -357,7 +363,7 @@ def test_a_score_of_nan_ends_in_a_sentence(make: Make) -> None:
         make(5)(lambda x, t: x * math.nan, VPSDE(), x)
 
 
-@of({k: BY_STEPS[k] for k in ("ddim", "heun", "unipc", "velocity_adams", "dpm_solver")})
+@of({k: BY_STEPS[k] for k in ("ddim", "heun", "unipc", "flow_adams", "dpm_solver")})
 def test_a_score_of_another_shape_is_refused_and_one_of_another_dtype_is_not(
     make: Make, mixture: GaussianMixture
 ) -> None:

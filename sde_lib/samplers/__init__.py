@@ -11,19 +11,19 @@ from sde_lib.samplers.base import (
     check_samples,
 )
 from sde_lib.samplers.dpm_solver import DPMSolver
+from sde_lib.samplers.flow_adams import FlowAdams, fitted_grid
 from sde_lib.samplers.heun import Heun
 from sde_lib.samplers.langevin import AnnealedLangevin, LangevinCorrector, PredictorCorrector
 from sde_lib.samplers.multistep import DEIS, DPMSolverPP, UniPC
 from sde_lib.samplers.predictors import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
 from sde_lib.samplers.torchsde_adapter import TorchSDE
-from sde_lib.samplers.velocity import VelocityAdams, fitted_grid
 
 __all__ = [
     "DEIS",
     "DPMSolver",
     "DPMSolverPP",
     "UniPC",
-    "VelocityAdams",
+    "FlowAdams",
     "fitted_grid",
     "OneStepSampler",
     "Plan",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -181,7 +181,7 @@ class FixedStepSampler(Sampler):
         steps = validation.count(type(self).__name__, "steps", self.steps)
         object.__setattr__(self, "steps", steps)
         validation.flag(type(self).__name__, "denoise", self.denoise)
-        if not callable(self.grid):
+        if not callable(self.grid) or isinstance(self.grid, type):
             raise ValueError(
                 f"{type(self).__name__} needs a grid, such as sde_lib.grids.UniformLogSNR(); got "
                 f"grid={self.grid!r}."
@@ -294,8 +294,8 @@ _memory: dict[Hashable, Any] = {}
 def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
     """``function(*args)``, kept for the next time: every batch asks for the same table of numbers.
 
-    Not kept where an argument may still change: an object of a class that is not a frozen
-    dataclass, or one that cannot be hashed.
+    Not kept where an argument may still change: of objects, only frozen dataclasses of numbers,
+    strings and their like cannot.
     """
     if not all(_fixed(arg) for arg in args):
         return function(*args)
@@ -303,11 +303,8 @@ def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
         with torch.inference_mode(False), torch.no_grad():
             return remembered(function, *args)
     key = function, args
-    try:
-        if key in _memory:
-            return _memory[key]
-    except TypeError:
-        return function(*args)
+    if key in _memory:
+        return _memory[key]
     while len(_memory) >= 64:
         _memory.pop(next(iter(_memory)))
     return _memory.setdefault(key, function(*args))
@@ -315,5 +312,8 @@ def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
 
 def _fixed(value: Hashable) -> bool:
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value).__dataclass_params__.frozen
+        compared = (getattr(value, part.name) for part in fields(value) if part.compare)
+        return type(value).__dataclass_params__.frozen and all(map(_fixed, compared))
+    if isinstance(value, tuple):
+        return all(map(_fixed, value))
     return isinstance(value, str | int | float | None)

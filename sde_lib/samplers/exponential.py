@@ -87,7 +87,7 @@ class DataPrediction(Prediction):
         return nxt.sigma * (-torch.expm1(passed)).clamp(min=0).sqrt()
 
 
-class VelocityPrediction(Prediction):
+class VPrediction(Prediction):
     r"""m = v = :math:`(\alpha\hat\varepsilon - \sigma\hat x_0) / S`, :math:`S^2 = \alpha^2 +
     \sigma^2`: :math:`d(x/S)/du = (\alpha\sigma/S^2)\, v`.
 
@@ -114,7 +114,7 @@ class VelocityPrediction(Prediction):
 PREDICTIONS: dict[str, Prediction] = {
     "noise": NoisePrediction(),
     "data": DataPrediction(),
-    "velocity": VelocityPrediction(),
+    "v": VPrediction(),
 }
 
 

@@ -72,16 +72,28 @@ class PredictorCorrector(FixedStepSampler):
             "PredictorCorrector", "corrections", self.corrections, at_least=0
         )
         object.__setattr__(self, "corrections", corrections)
-        if not self.predictor.correctable:
+        if not hasattr(self.corrector, "step"):
+            raise ValueError(
+                "PredictorCorrector needs a corrector with a step, such as LangevinCorrector(); "
+                f"got corrector={self.corrector!r}."
+            )
+        if not getattr(self.predictor, "correctable", False):
             raise ValueError(
                 "PredictorCorrector needs a predictor that goes on from the present state; "
                 f"{type(self.predictor).__name__} goes on from one that it remembers. Use DDIM, "
                 "Heun, DEIS or DPMSolverPP, or for noise ReverseDiffusion or Ancestral."
             )
 
+    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
+        """What the predictor refuses."""
+        self._on_its_grid().check(sde, dtype)
+
+    def _on_its_grid(self) -> FixedStepSampler:
+        return replace(self.predictor, steps=self.steps, grid=self.grid)
+
     def plan(self, sde: SDE) -> Plan:
         """Moves of the predictor, each step of which is followed by corrections at its end."""
-        plan = replace(self.predictor, steps=self.steps, grid=self.grid).plan(sde)
+        plan = self._on_its_grid().plan(sde)
         times = plan.levels.t.tolist()
         moves: list[tuple[Step, int, int]] = []
         for move, i, j in plan.moves:

@@ -35,7 +35,7 @@ class Multistep(ExponentialSampler):
     @property
     @abstractmethod
     def of(self) -> str:
-        """What the network is taken to predict: noise, data or velocity."""
+        """What the network is taken to predict: noise, data or v."""
 
     @property
     def converges(self) -> int | None:

@@ -91,8 +91,8 @@ class Ancestral(LinearSampler):
         eta: Share of the posterior's standard deviation that is fresh noise, in [0, 1].
         variance: posterior, forward, or what ``likelihood.calibrate_variance`` returns;
             ``analytic`` stands for the one that mode=calibrate has stored.
-        last_std: Largest standard deviation of the noise of the last step, in units of the model,
-            which nothing takes off again; no limit if not given.
+        last_std: Largest standard deviation of the noise of the last step of a trajectory, in
+            units of the model, which nothing takes off again; no limit if not given.
     """
 
     eta: float = 1.0

@@ -1,4 +1,4 @@
-"""The default sampler: Adams rules for the velocity, on steps laid out by a look at the model."""
+"""The default sampler: Adams rules for v, on steps laid out by a look at the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sde_lib import validation
 from sde_lib.grids import FittedGrid, Grid, UniformLogSNR
@@ -17,7 +17,7 @@ from sde_lib.reverse import Score
 from sde_lib.samplers.base import InShape, check_samples
 from sde_lib.samplers.exponential import PREDICTIONS
 from sde_lib.samplers.multistep import Multistep, lowered
-from sde_lib.sde import SDE
+from sde_lib.sde import SDE, Level
 
 NODES, SAMPLES, SEED = 64, 32, 0  # of the pilot
 WIDTH = 0.8  # units of log(sigma/alpha) over which its findings are smoothed
@@ -25,7 +25,7 @@ FLOOR = 0.05  # of the largest density
 
 
 @dataclass(frozen=True)
-class VelocityAdams(Multistep):
+class FlowAdams(Multistep):
     r"""Adams predictor-corrector for v, one evaluation a step, on a grid fitted to the model.
 
     With :math:`S^2 = \alpha^2 + \sigma^2` and the clock u = log(sigma/alpha) the probability flow
@@ -34,8 +34,8 @@ class VelocityAdams(Multistep):
     at both ends, where an estimate of the noise or of the data alone has lost what it says.
 
     The grid is dense where v bends along the paths of a few samples of the model
-    (:func:`fitted_grid`, 64 evaluations of 32 samples, remembered while the score function stays
-    the same object, whatever becomes of its weights); :meth:`fitted` does that beforehand.
+    (:func:`fitted_grid`, 64 evaluations of 32 samples, remembered while the score function
+    and the weights behind it stay what they are); :meth:`fitted` does that beforehand.
 
     Args:
         steps: Evaluations, and one more for the denoise.
@@ -52,7 +52,7 @@ class VelocityAdams(Multistep):
         default_factory=dict, init=False, compare=False, repr=False
     )
     most: ClassVar[int] = 5
-    of: ClassVar[str] = "velocity"
+    of: ClassVar[str] = "v"
     stochastic: ClassVar[bool] = False
     correctable: ClassVar[bool] = False
 
@@ -60,13 +60,12 @@ class VelocityAdams(Multistep):
         if self.grid is not None:
             super().__post_init__()
         else:
-            self._somewhere()
-            object.__setattr__(self, "steps", int(self.steps))
+            object.__setattr__(self, "steps", self._somewhere().steps)
         if self.order is not None:
-            order = validation.count("VelocityAdams", "order", self.order)
+            order = validation.count("FlowAdams", "order", self.order)
             object.__setattr__(self, "order", order)
             if order > self.most:
-                raise ValueError(f"VelocityAdams has orders 1 to {self.most}; got order={order}.")
+                raise ValueError(f"FlowAdams has orders 1 to {self.most}; got order={order}.")
 
     @property
     def chosen_order(self) -> int:
@@ -84,18 +83,26 @@ class VelocityAdams(Multistep):
         """Predictions that each corrector goes through."""
         return [min(self.chosen_order, n + 2) for n in range(self.steps - 1)]
 
+    def levels(self, sde: SDE) -> Level:
+        """Of the grid, which has to be there: see :meth:`fitted`."""
+        if self.grid is None:
+            raise ValueError(
+                "FlowAdams has no grid yet; use the sampler that fitted(score, sde, like) returns."
+            )
+        return super().levels(sde)
+
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """A fitted grid always fits."""
         self._somewhere().plan(sde)
 
-    def _somewhere(self) -> VelocityAdams:
+    def _somewhere(self) -> FlowAdams:
         return self if self.grid is not None else replace(self, grid=UniformLogSNR())
 
-    def fitted(self, score: Score, sde: SDE, like: Tensor) -> VelocityAdams:
+    def fitted(self, score: Score, sde: SDE, like: Tensor) -> FlowAdams:
         """This sampler on the grid that suits the model, if it was given none."""
         if self.grid is not None:
             return self
-        key = (score, sde, tuple(like.shape[1:]), like.dtype, str(like.device))
+        key = (score, _state(score), sde, tuple(like.shape[1:]), like.dtype, str(like.device))
         try:
             hash(key)
         except TypeError:  # nothing to remember it by
@@ -110,17 +117,25 @@ class VelocityAdams(Multistep):
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
         on_grid = self.fitted(score, sde, x)
-        return super(VelocityAdams, on_grid).trajectory(score, sde, x, generator=generator)
+        return super(FlowAdams, on_grid).trajectory(score, sde, x, generator=generator)
+
+
+def _state(score: Score) -> tuple[int, ...]:
+    """Tells whether the weights of the module that ``score`` is, or is a method of, have changed
+    since: torch counts what is done to a tensor in place."""
+    owner = getattr(score, "__self__", score)
+    tensors = owner.parameters() if isinstance(owner, nn.Module) else ()
+    return tuple(tensor._version for tensor in tensors)
 
 
 @torch.no_grad()
 def fitted_grid(
     score: Score, sde: SDE, like: Tensor, *, samples: int = SAMPLES, seed: int = SEED
 ) -> FittedGrid:
-    """The grid on whose steps the velocity bends about equally.
+    """The grid on whose steps v bends about equally.
 
     Follows a few prior samples down to t_min in even steps of log(sigma/alpha) and takes third
-    differences of the velocity; a rule of order three errs by the fourth power of its step times
+    differences of v; a rule of order three errs by the fourth power of its step times
     that, so that the density of the steps goes with the fourth root. Depends on the model and on
     shape, dtype and device of ``like`` alone.
 
@@ -131,9 +146,9 @@ def fitted_grid(
         samples: How many to follow.
         seed: Of the first; the others have the next ones.
     """
-    sampler = VelocityAdams(NODES, grid=UniformLogSNR(), order=4, denoise=False)
+    sampler = FlowAdams(NODES, grid=UniformLogSNR(), order=4, denoise=False)
     levels = sampler.levels(sde)
-    p, q = (column.tolist() for column in PREDICTIONS["velocity"].of_score(levels))
+    p, q = (column.tolist() for column in PREDICTIONS["v"].of_score(levels))
 
     def bends(rows: range) -> Tensor:
         """Mean squares of the third differences of samples ``rows``, [NODES - 3, rows]."""

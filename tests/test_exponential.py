@@ -263,6 +263,40 @@ def test_the_fitted_grid_is_dense_where_the_model_has_structure() -> None:
     assert float(inside) > 1.4 * even
 
 
+def test_the_fitted_density_is_the_fourth_root_of_how_v_bends_along_exact_paths(sde: SDE) -> None:
+    data = Gaussian(0.0, torch.tensor([0.7], dtype=torch.float64))
+    found = fitted_grid(data.score(sde), sde, torch.zeros(1, 1, dtype=torch.float64))
+    times = UniformLogSNR()(sde, 64)
+    level = sde.level(times)
+    rows = zip(times, level.rows(), strict=True)
+    v = []
+    for t, at in rows:  # of one path: all others are multiples of it
+        x = data.push(sde, torch.ones(1, 1, dtype=torch.float64), t)
+        score = data.score(sde)(x, t)
+        norm = torch.hypot(at.alpha, at.sigma)
+        v.append((at.alpha * at.noise(score) - at.sigma * at.denoised(x, score)) / norm)
+    u, v = level.noise_ratio.log(), torch.stack(v)[:64].flatten()
+    middle = (u[:61] + u[3:64]) / 2
+    bend = v.diff(n=3).abs() * 0.5 / middle.cosh()
+    near = torch.exp(-0.5 * ((u[:, None] - middle) / 0.8).square())
+    wanted = (near * bend**0.25).sum(1) / near.sum(1)
+    wanted = wanted / wanted.max() + 0.05
+    # the pilot's own first steps, of lower order, leave a trace
+    assert_close(torch.tensor(found.density).double(), wanted, rtol=0.02, atol=0.01)
+
+
+def test_the_order_follows_the_number_of_steps_and_falls_where_nothing_comes_after() -> None:
+    def orders(steps: int) -> list[int]:
+        return FlowAdams(steps, grid=UniformLogSNR()).orders()
+
+    assert orders(2) == [1, 1]
+    assert orders(8) == [1, 2, 3, 3, 3, 3, 2, 1]
+    assert orders(30) == [1, 2, *[3] * 27, 2]
+    assert orders(50) == [1, 2, 3, *[4] * 45, 3, 2]
+    assert orders(70) == [1, 2, 3, *[4] * 67]
+    assert FlowAdams(9, order=4, grid=UniformLogSNR()).orders() == [1, 2, 3, *[4] * 6]
+
+
 def test_a_grid_is_fitted_once_for_a_model_and_not_to_the_batch(mixture) -> None:
     sde, other = VPSDE(), VPSDE(beta_max=15.0)
     score = Counted(mixture.score(sde))

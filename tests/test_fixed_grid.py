@@ -22,6 +22,7 @@ from sde_lib import (
     PerSample,
     probability_flow,
 )
+from sde_lib.adams import Adams
 from sde_lib.oracles import Gaussian, GaussianMixture
 
 
@@ -244,3 +245,29 @@ def test_one_sample_and_few_nodes_are_enough():
         )
         assert result.log_prob.shape == (1,) and bool(result.total_error.isfinite().all())
     assert replace(result, nfe=0).nfe == 0
+
+
+@pytest.mark.parametrize(("nodes", "fine"), [(24, False), (79, False), (80, True)])
+def test_few_nodes_are_predicted_at_the_order_of_the_corrector_and_many_at_one_less(nodes, fine):
+    """Seen in where the network is asked: at the predicted states of the rule."""
+    sde, data = VPSDE(), correlated()
+    x = noised(data, sde, 3).double()
+    seen = []
+
+    def watched(x, t):
+        seen.append(x.detach())
+        return data.score(sde)(x, t)
+
+    flow = probability_flow(sde, watched)
+    solver = FixedGrid(nodes, halve=False)
+    log_likelihood(flow, x, divergence=Exact(), solver=solver)
+    asked = [x for x in seen if len(x) == 3][:nodes]  # the pilot follows 16
+    clock = Pilot.of(flow, x, Exact()).nodes(nodes)
+    levels, wanted = flow.level_at(clock).rows(), []
+
+    def rate(i, z):
+        wanted.append(flow.scale(levels[i]) * z)
+        return exact_flow(sde, data).scaled_velocity(z, levels[i])
+
+    Adams(clock, 4, fine).solve(rate, x / flow.scale(levels[0]))
+    assert_close(torch.stack(asked), torch.stack(wanted), rtol=1e-12, atol=1e-12)

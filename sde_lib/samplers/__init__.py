@@ -6,6 +6,7 @@ from sde_lib.samplers.base import (
     LinearSampler,
     OneStepSampler,
     Plan,
+    PlannedSampler,
     Sampler,
     SamplingError,
     check_samples,
@@ -13,7 +14,13 @@ from sde_lib.samplers.base import (
 from sde_lib.samplers.dpm_solver import DPMSolver
 from sde_lib.samplers.flow_adams import FlowAdams, fitted_grid
 from sde_lib.samplers.heun import Heun
-from sde_lib.samplers.langevin import AnnealedLangevin, LangevinCorrector, PredictorCorrector
+from sde_lib.samplers.langevin import (
+    AnnealedLangevin,
+    Langevin,
+    LangevinCorrector,
+    NoPredictor,
+    PredictorCorrector,
+)
 from sde_lib.samplers.multistep import DEIS, DPMSolverPP, UniPC
 from sde_lib.samplers.predictors import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
 from sde_lib.samplers.torchsde_adapter import TorchSDE
@@ -36,7 +43,10 @@ __all__ = [
     "EulerMaruyama",
     "FixedStepSampler",
     "Heun",
+    "Langevin",
     "LangevinCorrector",
+    "NoPredictor",
+    "PlannedSampler",
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",

@@ -1,5 +1,6 @@
 """What turns a network into a score, and the loss that trains it."""
 
+from score_models.faster import Autocast, faster
 from score_models.model import ScoreModel
 from score_models.objective import (
     EDMWeight,
@@ -14,6 +15,7 @@ from score_models.times import ImportanceTimes, LogNormalSigma, TimeSampler, Uni
 
 __all__ = [
     "EDM",
+    "Autocast",
     "Data",
     "EDMWeight",
     "ImportanceTimes",
@@ -26,6 +28,7 @@ __all__ = [
     "TimeSampler",
     "UniformTimes",
     "Velocity",
+    "faster",
     "maximum_likelihood",
     "noise_regression",
     "score_matching_loss",

@@ -236,6 +236,35 @@ def test_samples_of_a_network_are_the_same_whatever_the_batch(trained):
     assert len(np.unique(drawn[0], axis=0)) == 9, "each from noise of its own"
 
 
+def test_more_steps_follow_the_same_path_and_less_heat_stays_nearer_the_middle(trained):
+    folder, _ = trained
+    drawn = {}
+    for name, *settings in (
+        ("few", "sampler.steps=20"),
+        ("more", "sampler.steps=40"),
+        ("other", "sampler.steps=20", "seed=1"),
+        ("cool", "sampler.steps=20", "mode.temperature=0.01", "mode.precision=bfloat16"),
+    ):
+        shared = ["mode=sample", "sampler=dpmpp_sde", "mode.num_samples=6", "tracking=none"]
+        result = run(*shared, *settings, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        file = max((the_run(folder) / "samples").glob("*.npz"), key=lambda f: f.stat().st_mtime_ns)
+        drawn[name] = np.load(file)["samples"].astype(float)
+        file.unlink()
+
+    far = np.abs(drawn["few"] - drawn["other"]).mean()
+    assert np.abs(drawn["few"] - drawn["more"]).mean() < 0.4 * far
+    spread = {name: values.std(axis=0).mean() for name, values in drawn.items()}
+    assert spread["cool"] < 0.3 * spread["few"]
+
+
+def test_a_trajectory_is_captured_on_a_gpu_alone(trained):
+    folder, _ = trained
+    asked = ["mode=sample", "mode.cuda_graph=true", "device=cpu"]
+    refused(run(*asked, cwd=folder), "mode.cuda_graph=true needs a GPU", "device=cpu")
+    refused(run(*asked, "sampler=adaptive", cwd=folder), "needs a GPU")
+
+
 def test_the_network_is_rebuilt_from_the_config_stored_with_the_checkpoint(trained):
     folder, _ = trained  # trained with width 8; the default is wider
     result = run("mode=sample", "mode.num_samples=2", "sampler.steps=1", cwd=folder)

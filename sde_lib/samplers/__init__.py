@@ -11,6 +11,7 @@ from sde_lib.samplers.base import (
     SamplingError,
     check_samples,
 )
+from sde_lib.samplers.captured import Captured
 from sde_lib.samplers.dpm_solver import DPMSolver
 from sde_lib.samplers.flow_adams import FlowAdams, fitted_grid
 from sde_lib.samplers.heun import Heun
@@ -39,6 +40,7 @@ __all__ = [
     "DDIM",
     "AdaptiveODE",
     "Ancestral",
+    "Captured",
     "AnnealedLangevin",
     "EulerMaruyama",
     "FixedStepSampler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ def plot_comparison(found: Row, path: str | Path) -> Path:
             legend |= _panel(axes, measure, names, rows, found)
         known = [name for name in (*names, FLOOR) if name in legend]
         handles = [legend[name] for name in known]
-        figure.legend(handles, known, loc="outside upper center", ncols=min(6, len(known)))
+        beside = len(known) if len(known) < 6 else 4  # names have up to 19 letters
+        figure.legend(handles, known, loc="outside upper center", ncols=beside)
     return Path(path)
 
 
@@ -68,7 +70,7 @@ def _panel(
         own = [row for row in rows if row["sampler"] == name and measure in row]
         if own:
             # a little beside the others, so that no bar hides another
-            beside = 1.025 ** (index - (len(names) - 1) / 2)
+            beside = 1.1 ** ((index + 0.5) / len(names) - 0.5)
             shown[name] = _curve(axes, sorted(own, key=_nfe), measure, index, beside)
     _plain_numbers(axes, sorted(map(_nfe, rows)))
     if measure in found["floor"]:
@@ -94,6 +96,7 @@ def _curve(axes: Axes, rows: Sequence[Row], measure: str, index: int, beside: fl
         ],
         color=COLOURS[index % len(COLOURS)],
         marker=MARKERS[index % len(MARKERS)],
+        mfc="white" if index >= len(COLOURS) else None,  # when the colours begin again
         ms=5,
         lw=1.5,
         elinewidth=1,
@@ -103,8 +106,15 @@ def _curve(axes: Axes, rows: Sequence[Row], measure: str, index: int, beside: fl
 
 def _floor(axes: Axes, measure: str, floor: Row) -> Artist:
     """The band of the training set; the scale is linear within it where values change sign."""
+    from matplotlib.ticker import NullLocator
+
     if measure in SIGNED:
-        axes.set_yscale("symlog", linthresh=max(floor["high"], -floor["low"]))
+        edge = max(floor["high"], -floor["low"])
+        axes.set_yscale("symlog", linthresh=edge)
+        decades = range(math.floor(math.log10(edge)) + 1, 309)
+        top = axes.get_ylim()[1]
+        axes.set_yticks([0.0, *(10.0**k for k in decades if 10.0**k <= top)])
+        axes.yaxis.set_minor_locator(NullLocator())
     return axes.axhspan(floor["low"], floor["high"], color=GREY, alpha=0.25, lw=0)
 
 

@@ -88,6 +88,10 @@ def test_steps_are_the_most_that_the_evaluations_buy(choice):
     assert spent(found.steps) <= 23 < spent(found.steps + 1)
 
 
+def test_without_a_denoise_every_evaluation_is_a_step():
+    assert spending(DDIM(denoise=False), SDE, 7).steps == 7
+
+
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=repr)
 def test_evaluations_are_counted_as_the_sampler_spends_them(sde):
     for sampler, wanted in (
@@ -184,6 +188,7 @@ def test_distances_are_from_the_test_set_and_the_floor_is_the_training_set(bench
     samples, _ = bench.draw(Heun(20), 60)
     found = energy_distance(samples, bench.test)
     assert row["energy_distance"] == {"value": found.value, "low": found.low, "high": found.high}
+    assert bench.distances(samples)["sliced_w2"] == row["sliced_w2"], "along the same directions"
     floor = energy_distance(bench.train, bench.test)
     assert about["floor"]["energy_distance"]["value"] == floor.value
     assert about["reference"] is None and about["num_samples"] == 60

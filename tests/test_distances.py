@@ -99,11 +99,12 @@ def test_mmd_is_unbiased_in_several_dimensions():
     assert abs(error) < 5 * float(found.std()) / math.sqrt(len(found))
 
 
-@pytest.mark.parametrize(("shift", "std"), [(0.0, 1.0), (1.0, 1.5)])
+@pytest.mark.parametrize("atoms", [(0.0, 1.0), (0.5, 2.5)], ids=["equal", "different"])
 @pairs
-def test_variance_of_pair_distances_is_unbiased_at_equal_and_at_different_laws(
-    distance, shift, std, monkeypatch
+def test_value_and_variance_of_pair_distances_are_unbiased_over_all_samples_there_are(
+    distance, atoms, monkeypatch
 ):
+    """Two atoms each, N = 4 and M = 5: each of the 512 pairs of samples is as likely."""
     parts = []
 
     def kept(*sums):
@@ -112,12 +113,24 @@ def test_variance_of_pair_distances_is_unbiased_at_equal_and_at_different_laws(
 
     variances = distances._variances
     monkeypatch.setattr(distances, "_variances", kept)
-    found = values(repeated(distance, 500, n=12, m=8, shift=shift, std=std))
+    x, y = (
+        torch.tensor(list(product(points, repeat=n)), dtype=torch.float64)[..., None]
+        for n, points in ((4, (0.0, 1.0)), (5, atoms))
+    )
+    found = values(distance(*pair) for pair in product(x, y))
 
-    stated = torch.tensor(parts).sum(1).double()
-    squares = (found - found.mean()).square()  # whose mean is the variance
-    error = float((stated - squares).mean())
-    assert abs(error) < 5 * float((stated - squares).std()) / math.sqrt(len(found))
+    def kernel(a, b):
+        a, b = (torch.tensor(points, dtype=torch.float64) for points in (a, b))
+        apart = (a[:, None] - b).abs()
+        gauss = sum(torch.exp(-0.5 * (apart / w) ** 2) for w in WIDTHS) / len(WIDTHS)
+        return float((-apart if distance is energy_distance else gauss).mean())
+
+    own = (0.0, 1.0)
+    exact = kernel(own, own) + kernel(atoms, atoms) - 2 * kernel(own, atoms)
+    assert float(found.mean()) == pytest.approx(exact, abs=1e-12)
+    assert float(torch.tensor(parts).double().sum(1).mean()) == pytest.approx(
+        float(found.var(correction=0)), rel=1e-6
+    )
 
 
 @pairs

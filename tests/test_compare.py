@@ -22,6 +22,7 @@ from experiment.compare import measured
 from experiment.compare_figure import TITLES, plot_comparison
 from experiment.config import named
 from experiment.contenders import Trial, contenders, evaluations, spending, trials
+from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.run import Run
 from experiment.sample import draw
@@ -195,6 +196,23 @@ def test_distances_are_from_the_test_set_and_the_floor_is_the_training_set(bench
     assert about["test_samples"] == 40
 
 
+@pytest.mark.parametrize("dequantize", [True, False])
+def test_levels_are_compared_as_the_model_was_trained_on_them(bench, dequantize):
+    values = torch.arange(4).repeat(30)[:, None]
+    about = SimpleNamespace(
+        seed=0, device=bench.run.device, config={"training": {"dequantize": dequantize}}
+    )
+    asked = replace(ASKED, num_samples=50)
+
+    made = Bench.of(about, bench.model, Dataset("levels", values, values, 4), bench.path, asked)
+
+    centres = -1 + 0.5 * (values[:50] + 0.5)  # four bins from -1 to 1
+    off = (made.test - centres).abs()
+    assert float(off.max()) <= 0.25 + 1e-6 and made.train.shape == made.test.shape == (50, 1)
+    assert (float(off.max()) > 0.1) == dequantize
+    assert torch.equal(made.train, made.test) != dequantize, "noise of its own"
+
+
 def test_a_sampler_that_fails_at_one_price_is_reported_and_the_others_go_on(
     bench, tmp_path, capsys
 ):
@@ -221,19 +239,16 @@ def test_if_every_sampler_fails_there_is_one_reason_given(bench, tmp_path):
     assert len(json.loads((tmp_path / "record.json").read_text())["results"]) == 2
 
 
-def test_a_model_that_breaks_in_the_reference_leaves_the_distances(bench, capsys):
+def test_a_model_that_breaks_costs_the_reference_and_what_looks_at_it_beforehand(bench, capsys):
     broken = exact_model(SDE)
     broken.network.weight.data.fill_(math.nan)
-    grid = FlowAdams().fitted(bench.model.score, SDE, bench.train[:1]).grid
+    bench = replace(bench, model=broken)
 
-    class Fitted(Bench):
-        def fitted(self, sampler):
-            return replace(sampler, grid=grid)
-
-    found = Fitted(**(vars(bench) | {"model": broken})).solved()
-
-    assert found.truth is None and found.about_truth is None
+    assert bench.solved() is bench
     assert "no endpoint errors, for want of a reference" in capsys.readouterr().out
+    pilot, heun = bench.planned({"flow_adams": FlowAdams(), "heun": Heun()})
+    assert pilot.sampler is None and "32 of 32 samples are not finite" in pilot.refused
+    assert heun.sampler == Heun(4)  # asked for 10 evaluations
 
 
 def asking(*overrides, mode=()):

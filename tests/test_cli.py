@@ -755,3 +755,29 @@ def test_a_calibration_is_asked_for_made_and_used(trained, tmp_path):
     assert run(*analytic, *place, cwd=folder).returncode == 0
     kept.write_text(kept.read_text()[:50])  # torn: as good as none
     refused(run(*analytic, *place, cwd=folder), "mode=calibrate")
+
+
+def test_samplers_are_compared_in_table_record_figure_and_page(trained, tmp_path):
+    folder, _ = trained
+    (checkpoint,) = the_run(folder).glob("checkpoints/step-00000006.pt")
+    place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", "run.name=compared"]
+    asked = ["mode=compare", *place, "tracking=none", "mode.num_samples=20"]
+    asked += ["mode.reference_steps=10", "mode.tolerances=[1e-1]", "mode.nfe=[4,9]"]
+    names = "mode.samplers=[heun,adaptive,annealed_langevin,dpmpp_sde]"
+    result = run(*asked, names, cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+    home = tmp_path / "compared"
+    (record,) = (home / "compare").glob("compare-00000006-??????.json")
+    found = json.loads(record.read_text())
+    spent = [(row["sampler"], row.get("nfe")) for row in found["results"]]
+    assert spent[:2] == [("heun", 3), ("heun", 9)] and spent[2][0] == "adaptive"
+    assert spent[3:5] == [("annealed_langevin", None)] * 2
+    assert "takes 11 evaluations at least" in result.stdout
+    assert spent[5:] == [("dpmpp_sde", 4), ("dpmpp_sde", 9)]
+    assert found["reference"]["samples"] == 20 and found["seed"] == 0
+    assert (home / "figures/compare-00000006.png").read_bytes().startswith(b"\x89PNG")
+    assert "Quality by evaluations of the network" in (home / "report.html").read_text()
+
+    uncalibrated = run(*asked, "mode.samplers=[analytic_ddpm]", cwd=folder)
+    refused(uncalibrated, "variance=analytic", "mode=calibrate")

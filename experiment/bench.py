@@ -17,7 +17,7 @@ from experiment.errors import RunError
 from experiment.fitted import fitted
 from experiment.progress import say
 from experiment.run import Run
-from experiment.seeds import sample_streams, stream
+from experiment.seeds import sample_paths, stream
 from experiment.shards import halving
 from likelihood import TruncatedNormalDequantization
 from score_models import ScoreModel
@@ -149,7 +149,7 @@ class Bench:
 
         def drawn(rows: range) -> tuple[Tensor, int]:
             score = Counted(self.model.score)
-            streams = sample_streams(self.run.seed, "samples", rows, self.run.device())
+            streams = sample_paths(self.run.seed, "samples", rows, self.run.device())
             shape = (len(rows), *self.test.shape[1:])
             start = self.model.sde.prior_sample(shape, generator=streams, device=streams.device)
             return sampler(score, self.model.sde, start, generator=streams), score.nfe

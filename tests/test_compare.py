@@ -26,7 +26,7 @@ from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.run import Run
 from experiment.sample import draw
-from experiment.seeds import sample_streams
+from experiment.seeds import sample_paths
 from sde_lib import VESDE, VPSDE, Counted
 from sde_lib.distances import energy_distance, median_bandwidths
 from sde_lib.oracles import Gaussian
@@ -98,7 +98,7 @@ def test_evaluations_are_counted_as_the_sampler_spends_them(sde):
     for sampler, wanted in (
         (Heun(9), 19),
         (Heun(9, denoise=False), 18),
-        (entry.instantiate(named(entry.CONF, "sampler", "annealed_langevin")), 1001),
+        (entry.instantiate(named(entry.CONF, "sampler", "annealed_langevin")), 1011),
         (entry.instantiate(named(entry.CONF, "sampler", "predictor_corrector")), 401),
     ):
         assert evaluations(sampler, sde) == wanted
@@ -137,7 +137,7 @@ def test_a_file_that_names_a_class_outside_the_project_is_refused(tmp_path):
 
 
 def test_the_reference_is_where_the_exact_flow_of_a_gaussian_ends(bench):
-    streams = sample_streams(5, "samples", range(16))
+    streams = sample_paths(5, "samples", range(16))
     z = SDE.prior_sample((16, 3), generator=streams) / SDE.prior_std()
     data = Gaussian(torch.zeros(3, dtype=torch.float64), STD)
     # the prior has sigma(t_max), the marginal a little more: on one path with z scaled by it
@@ -175,7 +175,7 @@ def test_only_what_is_deterministic_has_an_endpoint_error(bench):
 def test_samples_are_those_of_mode_sample_whatever_the_batch(bench, sampler):
     whole, nfe = bench.draw(sampler, 30)
     parts, _ = replace(bench, asked=replace(ASKED, batch_size=7)).draw(sampler, 30)
-    streams = sample_streams(5, "samples", range(30))
+    streams = sample_paths(5, "samples", range(30))
     score = Counted(bench.model.score)
     drawn = draw(score, bench.model, sampler, (3,), streams)[-1]
 

@@ -105,11 +105,10 @@ class BrownianPaths(PerSample):
     def _numbers(self, nodes: list[tuple[int, int, int]], x: Tensor) -> Tensor:
         """One standard normal number [nodes, B, ...] for each (level, index, unit), float64."""
         shape, size = x.shape, x[0].numel()
-        blocks = torch.arange(-(-size // 4), device=x.device)
-        level, index, unit = (
-            torch.tensor(column, device=x.device)[:, None, None]
-            for column in zip(*nodes, strict=True)
-        )
+        table = torch.tensor(nodes)
+        if x.is_cuda:  # a copy from pinned memory does not wait for the device
+            table = table.pin_memory().to(x.device, non_blocking=True)
+        level, index, unit = table.mT[:, :, None, None]
         key = tuple(word.to(x.device)[:, None] for word in self.keys)
-        counter = blocks, index, level, unit & 0xFFFFFFFF
+        counter = torch.arange(-(-size // 4), device=x.device), index, level, unit & 0xFFFFFFFF
         return normal(counter, key).flatten(2)[..., :size].reshape(len(nodes), *shape)

@@ -287,7 +287,9 @@ def _pair(owner: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             f"{owner} compares samples of one shape; got {tuple(x.shape[1:])} and "
             f"{tuple(y.shape[1:])}."
         )
-    return _flat(owner, x), _flat(owner, y)
+    x, y = _flat(owner, x), _flat(owner, y)
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    return x.to(dtype), y.to(dtype)
 
 
 def _flat(owner: str, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from sde_lib import distances
@@ -305,3 +306,16 @@ def test_samples_that_cannot_be_compared_are_refused(distance, x, y, words):
 def test_numbers_that_make_no_distance_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call(normal(13, 6, 2))
+
+
+def seeded_slices(x: Tensor, y: Tensor) -> Estimate:
+    return sliced_wasserstein(x, y, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "distance", [energy_distance, seeded_slices, partial(mmd_squared, bandwidths=(1.0,))]
+)
+def test_samples_of_two_dtypes_are_compared(distance) -> None:  # noqa: ANN001
+    x, y = (torch.randn(20, 3, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+
+    assert distance(x, y.double()).value == pytest.approx(distance(x.double(), y.double()).value)

@@ -415,10 +415,12 @@ def test_a_score_that_breaks_on_the_way_is_found_at_its_step(
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: the loop's waits cannot be seen"
 )
+@pytest.mark.parametrize("paths", [False, True], ids=["generator", "paths"])
 @of({k: m for k, m in BY_STEPS.items() if k != "torchsde"})
-def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make) -> None:
+def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make, paths: bool) -> None:
     device = torch.device("cuda")
     sde, generator = VPSDE(), torch.Generator(device).manual_seed(0)
+    generator = BrownianPaths(range(64), device) if paths else generator
     x = sde.prior_sample((64, 8), generator=generator, device=device)
 
     def score(x: Tensor, t: Tensor) -> Tensor:

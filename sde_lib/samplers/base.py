@@ -134,8 +134,15 @@ class Sampler(ABC):
             Samples [B, ...] in the dtype of ``x``, denoised at t_min.
 
         Raises:
+            ValueError: If ``x`` is not a batch of floating-point numbers.
             SamplingError: If the result is not finite, or a solver gives up.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not len(x):
+            got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{type(self).__name__} starts from samples [B, ...] of floating-point numbers, as "
+                f"sde.prior_sample draws them; got {got}."
+            )
         end = x
         for _, end in self.trajectory(score, sde, x, generator=generator):  # noqa: B007
             pass  # one state at a time: a thousand of them would not fit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sde_lib import SDE, VPSDE, Counted, DiscreteSDE, PerSample
+from sde_lib import SDE, VPSDE, BrownianPaths, Counted, DiscreteSDE, PerSample
 from sde_lib.checks import check_sampler
 from sde_lib.grids import Karras, Subsequence, UniformLogSNR, UniformTime
 from sde_lib.oracles import GaussianMixture

@@ -140,8 +140,8 @@ class Sampler(ABC):
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not len(x):
             got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(
-                f"{type(self).__name__} starts from samples [B, ...] of floating-point numbers, as "
-                f"sde.prior_sample draws them; got {got}."
+                f"{type(self).__name__} starts from samples [B, ...] of floating-point numbers, "
+                f"as sde.prior_sample draws them; got {got}."
             )
         end = x
         for _, end in self.trajectory(score, sde, x, generator=generator):  # noqa: B007

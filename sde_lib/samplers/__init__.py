@@ -1,6 +1,6 @@
 """Samplers: each one short step over two levels, or one adapter to a solver library."""
 
-from sde_lib.samplers.adaptive import AdaptiveODE
+from sde_lib.samplers.adaptive import AdaptiveODE, FixedODE
 from sde_lib.samplers.base import (
     FixedStepSampler,
     LinearSampler,
@@ -31,6 +31,7 @@ __all__ = [
     "check_samples",
     "DDIM",
     "AdaptiveODE",
+    "FixedODE",
     "Ancestral",
     "AnnealedLangevin",
     "EulerMaruyama",

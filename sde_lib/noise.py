@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class PerSample:
         """Uniform numbers in [0, 1), [B, ...]; row i comes from stream i."""
         return self._stack(torch.rand, shape, dtype, device)
 
+    def select(self, rows: Sequence[int]) -> PerSample:
+        """The streams of some rows of the batch, shared: what they draw is used up here too."""
+        view = copy(self)
+        view.seeds = [self.seeds[i] for i in rows]
+        view.streams = [self.streams[i] for i in rows]
+        return view
+
     def _stack(self, draw, shape, dtype, device) -> Tensor:  # noqa: ANN001
         if shape[0] != len(self.streams):
             raise ValueError(
@@ -57,6 +65,12 @@ def _mixed(seed: int) -> int:
 
 
 Generator = torch.Generator | PerSample | None
+
+
+def of_rows(generator: Generator, rows: Sequence[int]) -> Generator:
+    """The source of numbers for some ``rows`` of a batch alone; a ``torch.Generator`` has none of
+    its own for each row, and serves any."""
+    return generator.select(rows) if isinstance(generator, PerSample) else generator
 
 
 def _draw(kind: str, shape, generator, device, dtype) -> Tensor:  # noqa: ANN001

@@ -23,7 +23,7 @@ class DPMSolverAdaptive(PerSampleSampler):
     with the better one. A round costs two or three evaluations of the samples still under way,
     for those that try a step again one less. The published solver takes the step that the worst
     sample of a batch asks for; here each has its own, see :class:`PerSampleSampler`. For one
-    sample of a variance-preserving process the two agree.
+    sample of a variance-preserving process the two agree, but for the bounds on steps.
 
     Score functions are given times t of shape [B].
 

@@ -116,8 +116,9 @@ class PerSampleSampler(Sampler):
                \qquad S = \sqrt{\alpha^2 + \sigma^2}
 
     with the less accurate solution of the step before; the next one is :math:`0.9\, E^{-p}` times
-    as long. How long a step may be is bounded, as it is not in the published rules: over a step
-    from pure noise to data both solutions end at the mean of the data, and agree.
+    as long. How long a step may be, and how much longer than the one before, is bounded, as it is
+    not in the published rules: over a step from pure noise to data both solutions end at the mean
+    of the data, and agree; and the error of one step may vanish by chance.
 
     No sample looks at another: its steps, and its result, are what they are alone, but for the
     rounding of a network that computes a batch of another size in another order. Samples that
@@ -127,6 +128,7 @@ class PerSampleSampler(Sampler):
     """
 
     safety: ClassVar[float] = 0.9
+    growth: ClassVar[float] = 5.0  # most that a step may be longer than the one before
     eta: float
     rtol: float
     atol: float
@@ -187,7 +189,7 @@ class PerSampleSampler(Sampler):
             self._round(attempt, data_end)
             yield float(flow.level_at(front.clock.max()).t), front.x
         if self.denoise:
-            end = flow.level_at(torch.tensor(data_end)).like(x)
+            end = flow.level_at(torch.tensor(data_end, dtype=torch.float64)).like(x)
             yield sde.t_min, denoise(attempt.score.score, front.x, end)
 
     def _round(self, attempt: _Attempt, data_end: float) -> None:
@@ -202,6 +204,7 @@ class PerSampleSampler(Sampler):
         error = error.cpu()  # the one wait for the device of a round: how far to go depends on it
         self._refuse_nan(attempt, error, clock, target)
         factor = self.safety * error.clamp(min=1e-300) ** -self.exponent
+        factor = factor.clamp(max=self.growth)
         front.size[rows] = ((clock - target) * factor).clamp(max=self.longest_step)
         good = error <= 1
         kept = good.nonzero()[:, 0].to(low.device)

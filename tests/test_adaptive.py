@@ -339,7 +339,7 @@ class Redrawing(AdaptiveSDE):
 
 
 def test_refused_steps_leave_the_law_of_the_noise_alone() -> None:
-    """A fifth of the steps is refused here; with new noise for them the variance is off."""
+    """A fifth of the steps is refused here; with new noise for them the variance is 20 % off."""
     how, n = {"rtol": 0.02, "atol": 0.02, "denoise": False}, 6000
     mean, variance = gaussian_moments(AdaptiveSDE(**how), VPSDE(), 0.1, n)
     bias = 0.02 / math.sqrt(2 / n)  # that of the steps themselves, to the tolerance

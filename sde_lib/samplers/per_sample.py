@@ -128,7 +128,7 @@ class PerSampleSampler(Sampler):
     """
 
     safety: ClassVar[float] = 0.9
-    growth: ClassVar[float] = 5.0  # most that a step may be longer than the one before
+    growth: ClassVar[float] = 5.0  # how many times as long as the one before a step may be
     eta: float
     rtol: float
     atol: float

@@ -45,11 +45,18 @@ class BrownianPaths(PerSample):
     ) -> None:
         super().__init__(seeds, device, temperature=temperature)
         digests = [hashlib.sha256(f"path {seed}".encode()).digest() for seed in self.seeds]
-        self.keys = [
+        self.keys = tuple(
             torch.tensor([int.from_bytes(d[i : i + 4], "big") for d in digests]) for i in (0, 4)
-        ]
+        )
         self._latest: tuple[int, torch.Size, Tensor] | None = None  # where the last step ended
         self._drawn: dict[tuple[int, int, int], Tensor] = {}  # for it: the next end is near
+
+    def select(self, rows: Sequence[int]) -> BrownianPaths:
+        """The paths and streams of some rows of the batch."""
+        view = super().select(rows)
+        view.keys = tuple(key[list(rows)] for key in self.keys)
+        view._latest, view._drawn = None, {}
+        return view
 
     def over(self, x: Tensor, start: float, end: float) -> Callable[[], Tensor]:
         """``noise()`` of a step from clock ``start`` to ``end``: an increment of the path, once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 
 import torch
@@ -58,6 +59,13 @@ class PerSample:
         """``noise()`` in the shape of ``x`` for a step between two values of log(sigma/alpha)."""
         return partial(randn_like, x, self)
 
+    def select(self, rows: Sequence[int]) -> PerSample:
+        """The streams of some rows of the batch, shared: what they draw is used up here too."""
+        view = copy(self)
+        view.seeds = [self.seeds[i] for i in rows]
+        view.streams = [self.streams[i] for i in rows]
+        return view
+
     def _check(self, shape: Sequence[int]) -> None:
         if shape[0] != len(self.streams):
             raise ValueError(
@@ -79,6 +87,12 @@ def _mixed(seed: int) -> int:
 
 
 Generator = torch.Generator | PerSample | None
+
+
+def of_rows(generator: Generator, rows: Sequence[int]) -> Generator:
+    """The source of numbers for some ``rows`` of a batch alone; a ``torch.Generator`` has none of
+    its own for each row, and serves any."""
+    return generator.select(rows) if isinstance(generator, PerSample) else generator
 
 
 def _draw(kind: str, shape, generator, device, dtype) -> Tensor:  # noqa: ANN001

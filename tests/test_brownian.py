@@ -127,6 +127,15 @@ def test_path_i_depends_on_seed_i_alone() -> None:
     assert not torch.equal(both[:, :1], alone)
 
 
+def test_some_rows_keep_their_paths() -> None:
+    x = torch.zeros(3, 6)
+    whole = BrownianPaths([3, 8, 5]).over(x, 1.0, 0.3)()
+
+    some = BrownianPaths([3, 8, 5]).select([2, 1]).over(x[:2], 1.0, 0.3)()
+
+    assert torch.equal(some, whole[[2, 1]])
+
+
 def test_a_second_number_in_a_step_and_steps_upwards_are_fresh() -> None:
     x, paths = torch.zeros(1, 4), BrownianPaths([0])
     noise = paths.over(x, 1.0, 0.0)

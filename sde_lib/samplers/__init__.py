@@ -1,6 +1,7 @@
 """Samplers: each one short step over two levels, or one adapter to a solver library."""
 
-from sde_lib.samplers.adaptive import AdaptiveODE
+from sde_lib.samplers.adaptive import AdaptiveODE, FixedODE
+from sde_lib.samplers.adaptive_sde import AdaptiveSDE
 from sde_lib.samplers.base import (
     FixedStepSampler,
     LinearSampler,
@@ -12,6 +13,7 @@ from sde_lib.samplers.base import (
     check_samples,
 )
 from sde_lib.samplers.captured import Captured
+from sde_lib.samplers.dpm_adaptive import DPMSolverAdaptive
 from sde_lib.samplers.dpm_solver import DPMSolver
 from sde_lib.samplers.flow_adams import FlowAdams, fitted_grid
 from sde_lib.samplers.heun import Heun
@@ -39,6 +41,9 @@ __all__ = [
     "check_samples",
     "DDIM",
     "AdaptiveODE",
+    "AdaptiveSDE",
+    "DPMSolverAdaptive",
+    "FixedODE",
     "Ancestral",
     "Captured",
     "AnnealedLangevin",

@@ -136,8 +136,15 @@ class Bench:
             except SamplingError as error:  # the model breaks under its pilot
                 found.append(Trial(name, "any price", None, str(error)))
                 continue
-            found += trials(name, made, self.model.sde, self.asked.nfe, self.asked.tolerances)
+            each = trials(name, made, self.model.sde, self.asked.nfe, self.asked.tolerances)
+            found += [self._refitted(trial, sampler) for trial in each]
         return found
+
+    def _refitted(self, trial: Trial, asked: Sampler) -> Trial:
+        """Fitted to its number of steps too, which may ask for another rule."""
+        if trial.sampler is None or not hasattr(asked, "steps"):
+            return trial
+        return replace(trial, sampler=self.fitted(replace(asked, steps=trial.sampler.steps)))
 
     def fitted(self, sampler: Sampler) -> Sampler:
         """As mode=sample has it."""

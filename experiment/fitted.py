@@ -19,6 +19,7 @@ from score_models import ScoreModel
 from sde_lib.grids import FittedGrid
 from sde_lib.reverse_variance import AnalyticVariance
 from sde_lib.samplers import Sampler
+from sde_lib.samplers.flow_adams import RULES, Fit
 
 Found = TypeVar("Found")
 
@@ -54,14 +55,21 @@ def fitted(
     if getattr(sampler, "grid", sampler) is not None:
         return sampler.fitted(model.score, model.sde, like)
     weights = _digest(checkpoint)
-    kept = _path("grid", weights, folder)
-    grid = _read(kept, weights, lambda c: FittedGrid(tuple(c["clock"]), tuple(c["density"])))
-    if grid is not None:
-        return replace(sampler, grid=grid)
-    found = sampler.fitted(model.score, model.sde, like)
-    _write(kept, weights, clock=found.grid.clock, density=found.grid.density)
-    say(f"steps fitted to the model, once: {kept}")
-    return found
+    kept = _path(f"grid-{sampler.steps:02d}" if sampler.tries else "grid", weights, folder)
+    fit = _read(kept, weights, _fit)
+    if fit is None:
+        fit = sampler.fit(model.score, model.sde, like)
+        _write(kept, weights, clock=fit.grid.clock, density=fit.grid.density, rule=fit.rule)
+        rule = f" by the rule {fit.rule!r}" if sampler.tries else ""
+        say(f"steps fitted to the model{rule}, once: {kept}")
+    return sampler.settled(fit)
+
+
+def _fit(content: dict[str, Any]) -> Fit:
+    grid = FittedGrid(tuple(content["clock"]), tuple(content["density"]))
+    if content["rule"] not in RULES:
+        raise ValueError(content["rule"])
+    return Fit(grid, content["rule"])
 
 
 def keep_variance(variance: AnalyticVariance, checkpoint: Path, folder: Path) -> Path:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from test_sampler_orders import gaussian_moments, wanted_moments
 from torch.testing import assert_close
 
 from experiment.fitted import fitted
+from score_models import EDM, ScoreModel
+from score_models.networks import MLP
 from sde_lib import SDE, VPSDE, Counted
 from sde_lib.grids import FittedGrid, Grid, Karras, UniformLogSNR, UniformTime
 from sde_lib.oracles import Gaussian, GaussianMixture
@@ -31,6 +34,7 @@ from sde_lib.samplers import (
 )
 from sde_lib.samplers.base import remembered
 from sde_lib.samplers.exponential import PREDICTIONS, polynomial_weights
+from sde_lib.samplers.flow_adams import RULES, SAMPLES, SEED, _look
 
 
 def starts(sde: SDE, count: int = 16) -> torch.Tensor:
@@ -437,3 +441,50 @@ def test_tables_made_in_inference_mode_serve_outside_and_orders_may_be_floats(sa
         return torch.autograd.grad((-0.5 * x.square() * (1 + 0 * t)).sum(), x)[0]
 
     assert_close(made(guided, sde, x), first.clone())
+
+
+@pytest.mark.parametrize("steps", [4, 6])
+def test_with_few_steps_the_rule_of_the_nearest_ends_is_taken(steps: int, mixture) -> None:
+    sde, score = VPSDE(t_min=1e-3), mixture.score(VPSDE(t_min=1e-3))
+    pilot = _look(score, sde, starts(sde), SAMPLES, SEED)
+
+    asked = FlowAdams(steps, denoise=False)
+    fit = asked.fit(score, sde, starts(sde))
+
+    def error(rule: str) -> float:
+        end = RULES[rule](asked, fit.grid)(score, sde, pilot.start)
+        return float((end - pilot.end).square().mean())
+
+    errors = {rule: error(rule) for rule in RULES}
+    assert fit.rule == min(errors, key=errors.get)
+    taken = asked.fitted(score, sde, starts(sde))
+    assert taken.steps == steps and taken.denoise is False
+    assert max(errors.values()) > 1.5 * errors[fit.rule], "there is something to choose"
+
+
+@pytest.mark.parametrize(
+    "asked", [FlowAdams(8), FlowAdams(5, order=3), FlowAdams(5, grid=UniformLogSNR())]
+)
+def test_no_rule_is_tried_with_more_steps_or_when_one_was_asked_for(asked, mixture) -> None:
+    sde = VPSDE()
+    counted = Counted(mixture.score(sde))
+
+    found = asked.fitted(counted, sde, starts(sde))
+
+    assert type(found) is FlowAdams and counted.nfe in (0, 64)
+
+
+def test_the_rule_for_few_steps_is_kept_beside_the_grid(tmp_path: Path) -> None:
+    model = ScoreModel(MLP((2,), width=8, blocks=1), VPSDE(), EDM(0.5)).requires_grad_(False)
+    weights = tmp_path / "weights.pt"
+    weights.write_bytes(b"some")
+    where = {"checkpoint": weights, "like": torch.zeros(1, 2), "folder": tmp_path / "fitted"}
+
+    first = fitted(FlowAdams(5), model, **where)
+    (file,) = (tmp_path / "fitted").glob("grid-05-*.json")
+    written = file.stat().st_mtime_ns
+    again = fitted(FlowAdams(5), model, **where)
+
+    assert again == first and file.stat().st_mtime_ns == written
+    file.write_text(file.read_text().replace('"rule": "', '"rule": "no '))
+    assert fitted(FlowAdams(5), model, **where) == first, "a rule that is not there is found anew"

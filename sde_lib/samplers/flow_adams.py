@@ -1,27 +1,32 @@
-"""The default sampler: Adams rules for v, on steps laid out by a look at the model."""
+"""The default sampler: Adams rules for v, on steps laid out by a look at the model.
+
+With few steps no rule is best for all data: there the look tries some, and takes the best.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sde_lib import validation
-from sde_lib.grids import FittedGrid, Grid, UniformLogSNR
+from sde_lib.grids import FittedGrid, Grid, Karras, UniformLogSNR, UniformTime
 from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import InShape, check_samples
+from sde_lib.samplers.base import FixedStepSampler, InShape, check_samples
 from sde_lib.samplers.exponential import PREDICTIONS
-from sde_lib.samplers.multistep import Multistep, lowered
+from sde_lib.samplers.multistep import DEIS, Multistep, UniPC, lowered
 from sde_lib.sde import SDE, Level
 
 NODES, SAMPLES, SEED = 64, 32, 0  # of the pilot
 WIDTH = 0.8  # units of log(sigma/alpha) over which its findings are smoothed
 FLOOR = 0.05  # of the largest density
+BELOW = 8  # steps, where rules are tried; from there on this one was best or within a fifth
 
 
 @dataclass(frozen=True)
@@ -37,18 +42,22 @@ class FlowAdams(Multistep):
     (:func:`fitted_grid`, 64 evaluations of 32 samples, remembered while the score function
     and the weights behind it stay what they are); :meth:`fitted` does that beforehand.
 
+    Below 8 steps the same samples are solved once more by each of five rules, this one and DEIS
+    or UniPC on some grids (:data:`RULES`), and the one whose ends are nearest to the pilot's is
+    used: with so few, the best rule changes with the data.
+
     Args:
         steps: Evaluations, and one more for the denoise.
         grid: Where they are; fitted to the model if not given.
         order: 1 to 5, of predictor and corrector. If not given it is chosen by the steps: 3 below
             40, then 4; and below 70 the predictor's falls at the end, where no evaluation comes
-            after to set right what was extrapolated.
+            after to set right what was extrapolated. If given, no other rule is tried.
     """
 
     steps: int = 20
     grid: Grid | None = None
     order: int | None = None
-    memory: dict[Hashable, Grid] = field(
+    memory: dict[Hashable, Fit] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
     most: ClassVar[int] = 5
@@ -98,26 +107,92 @@ class FlowAdams(Multistep):
     def _somewhere(self) -> FlowAdams:
         return self if self.grid is not None else replace(self, grid=UniformLogSNR())
 
-    def fitted(self, score: Score, sde: SDE, like: Tensor) -> FlowAdams:
-        """This sampler on the grid that suits the model, if it was given none."""
+    @property
+    def tries(self) -> bool:
+        """Whether rules are tried on a model."""
+        return self.grid is None and self.order is None and self.steps < BELOW
+
+    def fitted(self, score: Score, sde: SDE, like: Tensor) -> FixedStepSampler:
+        """What suits the model, if no grid was given: this sampler on a grid, or another rule."""
         if self.grid is not None:
             return self
         key = (score, _state(score), sde, tuple(like.shape[1:]), like.dtype, str(like.device))
         try:
             hash(key)
         except TypeError:  # nothing to remember it by
-            return replace(self, grid=fitted_grid(score, sde, like))
+            return self.settled(self.fit(score, sde, like))
         if key not in self.memory:
             self.memory.clear()
-            self.memory[key] = fitted_grid(score, sde, like)
-        return replace(self, grid=self.memory[key])
+            self.memory[key] = self.fit(score, sde, like)
+        return self.settled(self.memory[key])
+
+    @torch.no_grad()
+    def fit(self, score: Score, sde: SDE, like: Tensor) -> Fit:
+        """A grid for the model, and below 8 steps the best of the rules."""
+        pilot = _look(score, sde, like, SAMPLES, SEED)
+        rule = _best_rule(self, pilot, score, sde) if self.tries else OWN
+        return Fit(pilot.grid, rule)
+
+    def settled(self, fit: Fit) -> FixedStepSampler:
+        """The sampler that ``fit`` stands for, with these steps."""
+        return RULES[fit.rule](self, fit.grid)
 
     def trajectory(
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
-        on_grid = self.fitted(score, sde, x)
-        return super(FlowAdams, on_grid).trajectory(score, sde, x, generator=generator)
+        if self.grid is not None:
+            return super().trajectory(score, sde, x, generator=generator)
+        return self.fitted(score, sde, x).trajectory(score, sde, x, generator=generator)
+
+
+class Fit(NamedTuple):
+    """What a look at a model has found.
+
+    Attributes:
+        grid: Steps as dense as v bends.
+        rule: Name of one of ``RULES``.
+    """
+
+    grid: FittedGrid
+    rule: str
+
+
+def _deis(grid: Grid | None) -> Callable[[FlowAdams, FittedGrid], FixedStepSampler]:
+    return lambda asked, fitted: DEIS(asked.steps, grid or fitted, asked.denoise, order=3)
+
+
+def _unipc(grid: Grid) -> Callable[[FlowAdams, FittedGrid], FixedStepSampler]:
+    return lambda asked, fitted: UniPC(asked.steps, grid, asked.denoise, order=3)
+
+
+OWN = "v"
+RULES: dict[str, Callable[[FlowAdams, FittedGrid], FixedStepSampler]] = {
+    OWN: lambda asked, fitted: replace(asked, grid=fitted),
+    "DEIS 3": _deis(None),
+    "DEIS 3, Karras": _deis(Karras()),
+    "UniPC 3, log SNR": _unipc(UniformLogSNR()),
+    "UniPC 3, time": _unipc(UniformTime()),
+}
+
+
+def _best_rule(asked: FlowAdams, pilot: _Pilot, score: Score, sde: SDE) -> str:
+    """The rule whose ends are nearest to the pilot's, in mean square."""
+
+    def error(rule: str) -> float:
+        sampler = replace(RULES[rule](asked, pilot.grid), denoise=False)
+
+        def squares(rows: range) -> Tensor:
+            part = slice(rows.start, rows.stop)
+            for _, end in sampler.trajectory(score, sde, pilot.start[part]):  # noqa: B007
+                pass
+            return (end - pilot.end[part]).double().square().flatten(1).mean(1)
+
+        found = float(torch.cat(in_halves(squares, range(len(pilot.start)))).mean())
+        return found if math.isfinite(found) else math.inf
+
+    errors = {rule: error(rule) for rule in RULES}
+    return min(errors, key=errors.get)
 
 
 def _state(score: Score) -> tuple[int, ...]:
@@ -128,7 +203,6 @@ def _state(score: Score) -> tuple[int, ...]:
     return tuple(tensor._version for tensor in tensors)
 
 
-@torch.no_grad()
 def fitted_grid(
     score: Score, sde: SDE, like: Tensor, *, samples: int = SAMPLES, seed: int = SEED
 ) -> FittedGrid:
@@ -146,12 +220,26 @@ def fitted_grid(
         samples: How many to follow.
         seed: Of the first; the others have the next ones.
     """
+    return _look(score, sde, like, samples, seed).grid
+
+
+class _Pilot(NamedTuple):
+    """The grid, and where the samples that it was found on begin and end, [B, ...]."""
+
+    grid: FittedGrid
+    start: Tensor
+    end: Tensor
+
+
+@torch.no_grad()
+def _look(score: Score, sde: SDE, like: Tensor, samples: int, seed: int) -> _Pilot:
     sampler = FlowAdams(NODES, grid=UniformLogSNR(), order=4, denoise=False)
     levels = sampler.levels(sde)
     p, q = (column.tolist() for column in PREDICTIONS["v"].of_score(levels))
 
-    def bends(rows: range) -> Tensor:
-        """Mean squares of the third differences of samples ``rows``, [NODES - 3, rows]."""
+    def followed(rows: range) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean squares of the third differences of samples ``rows``, [rows, NODES - 3], their
+        start and their end."""
         last: list[Tensor] = []
         found: list[Tensor] = []
         inner = InShape(score)
@@ -173,13 +261,15 @@ def fitted_grid(
         for _, end in sampler.trajectory(watched, sde, start):  # noqa: B007
             pass
         check_samples(sampler, score, sde, start, end)
-        return torch.stack(found)
+        return torch.stack(found, dim=1), start, end
 
-    squares = torch.cat(in_halves(bends, range(samples)), dim=1).mean(1).cpu()
+    parts = zip(*in_halves(followed, range(samples)), strict=True)
+    squares, start, end = (torch.cat(part) for part in parts)
+    squares = squares.mean(0).cpu()
     clock = levels.noise_ratio.log()
     middle = 0.5 * (clock[:-4] + clock[3:-1])
     density = (squares.sqrt() * 0.5 / middle.cosh()) ** 0.25
     kernel = torch.exp(-0.5 * ((clock[:, None] - middle) / WIDTH).square())
     smooth = (kernel * density).sum(1) / kernel.sum(1)
     smooth = smooth / smooth.max().clamp(min=1e-300) + FLOOR
-    return FittedGrid(tuple(clock.tolist()), tuple(smooth.tolist()))
+    return _Pilot(FittedGrid(tuple(clock.tolist()), tuple(smooth.tolist())), start, end)

@@ -13,7 +13,9 @@ from torch import Tensor
 from sde_lib.noise import PerSample, randn_like
 from sde_lib.philox import normal
 
-DEPTH = 16  # halvings of a unit of the clock: where a path can be looked at
+DEPTH = 20  # most halvings of a unit of the clock
+SHARP = 1024  # parts of the shortest step that ends of steps are rounded to
+AT_ONCE = 2**22  # numbers that are drawn together
 
 
 class BrownianPaths(PerSample):
@@ -28,10 +30,12 @@ class BrownianPaths(PerSample):
     belongs to no such step (Langevin corrections, churn) is drawn from the streams of
     :class:`PerSample`.
 
-    Over each unit of u an increment is a number of its own, and within it W is halved sixteen
-    times by Brownian bridges, whose numbers are functions of (seed, place): ends of steps are
-    rounded to multiples of 2^-16, which leaves the law of z as it is. A step that vanishes by
-    that gets fresh noise. One object is one path: a second trajectory with it follows it again.
+    Over each unit of u an increment is a number of its own, and within it W is halved again and
+    again by Brownian bridges, whose numbers are functions of (seed, place). Ends of steps are
+    rounded to the 2^-n that is a thousandth of the shortest step, which leaves the law of z as it
+    is. One object is one path: a second trajectory with it follows it again.
+    ``AdaptiveSDE`` and torchsde's ``srk``, whose noise is more than increments over steps known
+    beforehand, do not follow it; they draw from the streams.
 
     Reference: the bridges are Lévy's construction; the random numbers Philox, without a state.
     """
@@ -45,77 +49,92 @@ class BrownianPaths(PerSample):
     ) -> None:
         super().__init__(seeds, device, temperature=temperature)
         digests = [hashlib.sha256(f"path {seed}".encode()).digest() for seed in self.seeds]
-        self.keys = tuple(
-            torch.tensor([int.from_bytes(d[i : i + 4], "big") for d in digests]) for i in (0, 4)
-        )
+        words = [[int.from_bytes(d[i : i + 4], "big") for d in digests] for i in (0, 4)]
+        self.keys = tuple(torch.tensor(word).to(self.device)[:, None] for word in words)
         self._latest: tuple[int, torch.Size, Tensor] | None = None  # where the last step ended
-        self._drawn: dict[tuple[int, int, int], Tensor] = {}  # for it: the next end is near
 
     def select(self, rows: Sequence[int]) -> BrownianPaths:
         """The paths and streams of some rows of the batch."""
         view = super().select(rows)
         view.keys = tuple(key[list(rows)] for key in self.keys)
-        view._latest, view._drawn = None, {}
+        view._latest = None
         return view
 
-    def over(self, x: Tensor, start: float, end: float) -> Callable[[], Tensor]:
+    def over(
+        self, x: Tensor, start: float, end: float, *, shortest: float | None = None
+    ) -> Callable[[], Tensor]:
         """``noise()`` of a step from clock ``start`` to ``end``: an increment of the path, once.
 
         Args:
             x: State [B, ...], for shape, dtype and device.
             start: log(sigma/alpha) where the step begins.
             end: Where it ends; not smaller ones get fresh noise.
+            shortest: Length of the shortest step that is taken along with it; this one's if not
+                given.
         """
-        upper, lower = round(start * 2**DEPTH), round(end * 2**DEPTH)
         fresh = partial(randn_like, x, self)
-        if not lower < upper:
+        if not end < start:
+            return fresh
+        depth = min(DEPTH, max(0, math.ceil(math.log2(SHARP / (shortest or start - end)))))
+        upper, lower = (round(u * 2**depth) << (DEPTH - depth) for u in (start, end))
+        if not lower < upper:  # shorter than can be told apart
             return fresh
         first = [partial(self._increment, x, upper, lower)]
         return lambda: first.pop()() if first else fresh()
 
     def _increment(self, x: Tensor, upper: int, lower: int) -> Tensor:
         self._check(x.shape)
-        first, last = lower >> DEPTH, upper >> DEPTH  # units, whole ones in between
-        above, below = self._within(upper, x), self._within(lower, x)
+        if self._latest is None or self._latest[:2] != (upper, x.shape):
+            (above,) = self._sums([_within(upper)], x)
+        else:
+            above = self._latest[2]
+        between = {(0, 0, unit): 1.0 for unit in range(lower >> DEPTH, upper >> DEPTH)}
+        below, units = self._sums([_within(lower), between], x)
         self._latest = lower, x.shape, below
-        passed = above - below
-        if last > first:
-            passed = passed + self._numbers([(0, 0, k) for k in range(first, last)], x).sum(0)
         std = math.sqrt((upper - lower) / 2**DEPTH)
-        return (passed * (math.sqrt(self.temperature) / std)).to(x.dtype)
+        return ((above - below + units) * (math.sqrt(self.temperature) / std)).to(x.dtype)
 
-    def _within(self, place: int, x: Tensor) -> Tensor:
-        """W at ``place`` (in units of 2^-DEPTH) less W at the lower end of its unit, [B, ...]."""
-        if self._latest is not None and self._latest[:2] == (place, x.shape):
-            return self._latest[2]
-        unit, offset = place >> DEPTH, place & (2**DEPTH - 1)
-        if not offset:
-            return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-        levels = DEPTH + 1 - (offset & -offset).bit_length()  # halvings until it is a midpoint
-        nodes = [(level, offset >> (DEPTH - level + 1), unit) for level in range(1, levels + 1)]
-        drawn = self._remembered([(0, 0, unit), *nodes], x)
-        low, high = torch.zeros_like(drawn[0]), drawn[0]
-        for (level, _, _), z in zip(nodes, drawn[1:], strict=True):
-            # midpoint of a bridge over a length of 2^(1 - level): variance a quarter of that
-            middle = 0.5 * (low + high) + math.sqrt(0.25 * 2.0 ** (1 - level)) * z
-            right = offset >> (DEPTH - level) & 1
-            low, high = (middle, high) if right else (low, middle)
-        return low
+    def _sums(self, weights: Sequence[Weights], x: Tensor) -> Tensor:
+        """Weighted sums of the numbers at nodes of the tree, [sums, B, ...], float64."""
+        nodes = sorted({node for each in weights for node in each})
+        found = torch.zeros(len(weights), x.numel(), dtype=torch.float64, device=x.device)
+        some = max(1, AT_ONCE // x.numel())
+        for part in (nodes[i : i + some] for i in range(0, len(nodes), some)):
+            table = [[each.get(node, 0.0) for node in part] for each in weights]
+            shares = _on(x.device, torch.tensor(table, dtype=torch.float64))
+            found.addmm_(shares, self._numbers(part, x).double())
+        return found.reshape(-1, *x.shape)
 
-    def _remembered(self, nodes: list[tuple[int, int, int]], x: Tensor) -> list[Tensor]:
-        known = self._drawn if all(z.shape == x.shape for z in self._drawn.values()) else {}
-        new = [node for node in nodes if node not in known]
-        known = known | dict(zip(new, self._numbers(new, x) if new else (), strict=True))
-        self._drawn = {node: known[node] for node in nodes}
-        return list(self._drawn.values())
-
-    def _numbers(self, nodes: list[tuple[int, int, int]], x: Tensor) -> Tensor:
-        """One standard normal number [nodes, B, ...] for each (level, index, unit), float64."""
-        shape, size = x.shape, x[0].numel()
-        table = torch.tensor(nodes)
-        if x.is_cuda:  # a copy from pinned memory does not wait for the device
-            table = table.pin_memory().to(x.device, non_blocking=True)
-        level, index, unit = table.mT[:, :, None, None]
-        key = tuple(word.to(x.device)[:, None] for word in self.keys)
+    def _numbers(self, nodes: list[Node], x: Tensor) -> Tensor:
+        """One standard normal number [nodes, B * ...] for each node, float32."""
+        size = x[0].numel()
+        level, index, unit = _on(x.device, torch.tensor(nodes)).mT[:, :, None, None]
+        key = tuple(word.to(x.device) for word in self.keys)
         counter = torch.arange(-(-size // 4), device=x.device), index, level, unit & 0xFFFFFFFF
-        return normal(counter, key).flatten(2)[..., :size].reshape(len(nodes), *shape)
+        return normal(counter, key).flatten(2)[..., :size].flatten(1)
+
+
+Node = tuple[int, int, int]  # halvings, which interval of them, and unit of the clock
+Weights = dict[Node, float]
+
+
+def _within(place: int) -> Weights:
+    """How W at ``place`` (in units of 2^-DEPTH) less W at the lower end of its unit is made of
+    the numbers there: linear over the unit, and a hat over each interval that is halved on the
+    way (Schauder's functions)."""
+    unit, offset = place >> DEPTH, place & (2**DEPTH - 1)
+    if not offset:
+        return {}
+    weights = {(0, 0, unit): offset / 2**DEPTH}
+    for level in range(1, DEPTH + 2 - (offset & -offset).bit_length()):
+        width = 2 ** (DEPTH + 1 - level)
+        index, inside = divmod(offset, width)
+        # the midpoint of a bridge over a length L has variance L / 4
+        std = 0.5 * math.sqrt(width / 2**DEPTH)
+        weights[level, index, unit] = std * (1 - abs(2 * inside / width - 1))
+    return weights
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    """``table`` there; from pinned memory, since another copy would wait for the device."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table

@@ -44,7 +44,10 @@ class PerSample:
                 f"PerSample needs at least one seed, each in [0, 2^63); got {self.seeds[:8]}."
             )
         self.device = torch.device(device)
-        self.streams = [torch.Generator(device).manual_seed(_mixed(seed)) for seed in self.seeds]
+        bits = 32 if self.device.type == "cpu" else 63
+        self.streams = [
+            torch.Generator(device).manual_seed(_mixed(seed, bits)) for seed in self.seeds
+        ]
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Normal numbers [B, ...] of variance ``temperature``; row i comes from stream i."""
@@ -55,7 +58,9 @@ class PerSample:
         """Uniform numbers in [0, 1), [B, ...]; row i comes from stream i."""
         return self._stack(torch.rand, shape, dtype, device)
 
-    def over(self, x: Tensor, start: float, end: float) -> Callable[[], Tensor]:
+    def over(
+        self, x: Tensor, start: float, end: float, *, shortest: float | None = None
+    ) -> Callable[[], Tensor]:
         """``noise()`` in the shape of ``x`` for a step between two values of log(sigma/alpha)."""
         return partial(randn_like, x, self)
 
@@ -81,9 +86,10 @@ class PerSample:
         return torch.stack(rows).to(device)
 
 
-def _mixed(seed: int) -> int:
-    """32 bits that depend on all 63 of ``seed``: torch's CPU generator ignores the upper half."""
-    return int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "big")
+def _mixed(seed: int, bits: int) -> int:
+    """``bits`` that depend on all 63 of ``seed``: torch's CPU generator takes 32 of them."""
+    digest = hashlib.sha256(str(seed).encode()).digest()
+    return int.from_bytes(digest[: -(-bits // 8)], "big") & (2**bits - 1)
 
 
 Generator = torch.Generator | PerSample | None
@@ -133,9 +139,12 @@ def randn_like(x: Tensor, generator: Generator = None) -> Tensor:
     return randn(x.shape, generator, device=x.device, dtype=x.dtype)
 
 
-def noise_over(x: Tensor, generator: Generator) -> Callable[[float, float], Callable[[], Tensor]]:
-    """For a step between two values of log(sigma/alpha), its ``noise()`` in the shape of ``x``."""
+def noise_over(
+    x: Tensor, generator: Generator, shortest: float
+) -> Callable[[float, float], Callable[[], Tensor]]:
+    """For a step between two values of log(sigma/alpha), its ``noise()`` in the shape of ``x``;
+    none of the steps is of less than the length ``shortest``."""
     if isinstance(generator, PerSample):
-        return partial(generator.over, x)
+        return partial(generator.over, x, shortest=shortest)
     noise = partial(randn_like, x, generator)
     return lambda start, end: noise

@@ -45,8 +45,8 @@ def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
 
 
 def normal(counter: Words, key: Words) -> Tensor:
-    """Four standard normal numbers for each counter and key, float64 [..., 4] (Box-Muller)."""
-    a, b, c, d = (((word.double() + 0.5) / 2**32) for word in philox(counter, key))
+    """Four standard normal numbers for each counter and key, float32 [..., 4] (Box-Muller)."""
+    a, b, c, d = (word.float().add_(0.5).mul_(2.0**-32) for word in philox(counter, key))
     radii = [(-2 * u.log()).sqrt() for u in (a, c)]
     angles = [2 * math.pi * u for u in (b, d)]
     pairs = zip(radii, angles, strict=True)

@@ -27,7 +27,8 @@ from sde_lib.samplers import (
     Sampler,
     TorchSDE,
 )
-from sde_lib.samplers.captured import Tape
+from sde_lib.samplers.base import shortest
+from sde_lib.samplers.captured import Tape, rehearse
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 PLANNED = {
@@ -57,9 +58,8 @@ def test_noise_played_from_a_tape_gives_the_same_samples(
     wanted = list(sampler.trajectory(score, sde, x, generator=BrownianPaths(range(5))))
 
     tape = Tape(sampler.plan(sde).on(x), x)
-    list(sampler.follow(sampler.plan(sde).on(x), score, x, tape.count()))
-    tape.allocate()
-    tape.fill(noise_over(x, BrownianPaths(range(5))))
+    assert rehearse(sampler, sde, x, tape) == len(wanted) - 1
+    tape.fill(noise_over(x, BrownianPaths(range(5)), shortest(tape.moves)))
     played = list(sampler.follow(tape.moves, score, x, tape.play()))
 
     assert [t for t, _ in played] == [t for t, _ in wanted]
@@ -77,10 +77,11 @@ def test_a_captured_trajectory_gives_the_same_samples(
     for batch in (range(64), range(64, 128)):
         x = model.sde.prior_sample((64, 2), generator=BrownianPaths(batch, device), device=device)
         wanted = sampler(model.score, model.sde, x, generator=BrownianPaths(batch, device))
-        before = score.nfe
+        before, spent = score.nfe, Counted(model.score)
+        sampler(spent, model.sde, x, generator=BrownianPaths(batch, device))
         found = captured(score, model.sde, x, generator=BrownianPaths(batch, device))
         assert_close(found, wanted)
-        assert score.nfe > before
+        assert score.nfe - before == spent.nfe
 
 
 @pytest.mark.parametrize("sampler", [AdaptiveODE(), TorchSDE()], ids=["adaptive", "torchsde"])

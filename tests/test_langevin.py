@@ -67,7 +67,7 @@ def test_a_step_by_norms_has_their_ratio_of_each_sample_or_of_the_batch(sde: SDE
     means = 0.1 * sum(z.norm() for z in fresh) / sum(s.norm() for s in pull)
 
     for size, wanted in (("sample", norms), ("batch", [means.item() ** 2] * 2)):
-        corrector = LangevinCorrector(snr=0.1, size=size)
+        corrector = LangevinCorrector(snr=0.1, scale=size)
         moved = corrector.step(lambda x, t: pull, x, level, level, lambda: fresh)
         for i, epsilon in enumerate(2 * torch.tensor(wanted, dtype=x.dtype)):
             assert_close(moved[i], epsilon * pull[i] + torch.sqrt(2 * epsilon) * fresh[i])
@@ -78,7 +78,7 @@ def test_a_score_of_zero_makes_no_step_longer_than_the_level_is_wide(size: str, 
     level = sde.level(torch.tensor(0.4, dtype=torch.float64))
     zeros, ones = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
 
-    corrector = LangevinCorrector(size=size)
+    corrector = LangevinCorrector(scale=size)
     moved = corrector.step(lambda x, t: zeros, zeros, level, level, lambda: ones)
 
     assert float(moved.max()) <= 1.4 * float(level.sigma) + 1e-12
@@ -128,7 +128,7 @@ def test_plain_langevin_keeps_to_the_density_of_its_level(sde: SDE) -> None:
     level = sde.level(torch.tensor(time, dtype=torch.float64))
     x = sde.prior_sample((40_000, 1), generator=seed(0), dtype=torch.float64)
 
-    found = Langevin(60, time=time, step_size=0.2, denoise=False)(
+    found = Langevin(60, t=time, step_size=0.2, denoise=False)(
         Gaussian(torch.full((1,), 0.5), 0.8).score(sde), sde, x, generator=seed(1)
     )
 

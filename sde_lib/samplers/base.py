@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -83,6 +84,8 @@ class SamplingError(RuntimeError):
 class Sampler(ABC):
     """Turns prior samples at t_max into data: ``x0 = sampler(score, sde, x_T, generator=g)``."""
 
+    by_step: ClassVar[bool] = False  # whether the states on the way are those of every step
+
     @abstractmethod
     def trajectory(
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
@@ -93,7 +96,7 @@ class Sampler(ABC):
     def converges(self) -> int | None:
         """Order at which the error falls with the number of steps, of a deterministic sampler;
         None where it has none."""
-        return getattr(self, "order", None)
+        return None if getattr(self, "stochastic", True) else getattr(self, "order", None)
 
     def fitted(self, score: Score, sde: SDE, like: Tensor) -> Sampler:
         """This sampler with what it wants to know of a model beforehand, found out: itself, for
@@ -162,19 +165,22 @@ def check_samples(sampler: Sampler, score: Score, sde: SDE, x: Tensor, end: Tens
     if bool(finite.all()):
         return
     lost = int((~finite.reshape(len(end), -1).all(1)).sum())
-    states = enumerate(sampler.trajectory(score, sde, x))
-    bad = ((step, t) for step, (t, state) in states if not bool(torch.isfinite(state).all()))
-    first = next(bad, None)
-    where = (
-        "not so in a second try"
-        if first is None
-        else "first at step {}, t = {:.4g}".format(*first)
-    )
+    with torch.random.fork_rng():  # what is drawn now is nobody's
+        where = _first_bad(sampler, sampler.trajectory(score, sde, x))
     raise SamplingError(
         f"{sampler}: {lost} of {len(end)} samples are not finite at the end, {where}; does the "
         "score function return NaN there? More steps, or float32 where it runs in half precision, "
         "may help."
     )
+
+
+def _first_bad(sampler: Sampler, states: Iterator[tuple[float, Tensor]]) -> str:
+    step, least = 0, math.inf
+    for t, state in states:
+        step, least = (step, least) if t >= least else (step + (least < math.inf), t)
+        if not bool(torch.isfinite(state).all()):
+            return f"first at step {step}, t = {t:.4g}" if sampler.by_step else f"by t = {t:.4g}"
+    return "not so in a second try"
 
 
 @torch.no_grad()
@@ -191,6 +197,7 @@ class PlannedSampler(Sampler):
     """
 
     denoise: bool
+    by_step: ClassVar[bool] = True
     correctable: ClassVar[bool] = True  # goes on from the state that it is given
 
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
@@ -205,7 +212,8 @@ class PlannedSampler(Sampler):
         self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
     ) -> Iterator[tuple[float, Tensor]]:
         """The states on the way, as (time, x), the first at t_max and the last the result."""
-        return self.follow(self.plan(sde).on(x), score, x, noise_over(x, generator))
+        moves = self.plan(sde).on(x)
+        return self.follow(moves, score, x, noise_over(x, generator, shortest(moves)))
 
     def follow(
         self, moves: Sequence[Move], score: Score, x: Tensor, over: NoiseOver
@@ -220,6 +228,11 @@ class PlannedSampler(Sampler):
             yield move.times[1], x
         if self.denoise:
             yield move.times[1], denoise(inner, x, move.nxt)
+
+
+def shortest(moves: Sequence[Move]) -> float:
+    """Length of the shortest step towards the data, in log(sigma/alpha); 1 if there is none."""
+    return min((a - b for a, b in (move.clocks for move in moves) if a > b), default=1.0)
 
 
 @dataclass(frozen=True)

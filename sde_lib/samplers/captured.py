@@ -12,7 +12,15 @@ from torch import Tensor
 from sde_lib.counting import Counted
 from sde_lib.noise import Generator, noise_over
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import Move, Noise, NoiseOver, PlannedSampler, Sampler
+from sde_lib.samplers.base import (
+    Move,
+    Noise,
+    NoiseOver,
+    PlannedSampler,
+    Sampler,
+    SamplingError,
+    shortest,
+)
 from sde_lib.sde import SDE
 
 
@@ -20,10 +28,11 @@ from sde_lib.sde import SDE
 class Captured(Sampler):
     """A planned sampler whose trajectory is captured as a CUDA graph, and replayed from then on.
 
-    The loop of Python is gone: what is left is the time of the kernels. The graph belongs to one
-    score function, process, shape and dtype; another one is captured anew. It holds its own
-    memory: all noise of a trajectory, drawn before each replay, and the states shown. The score
-    function must not wait for the device, nor change between calls but in its weights.
+    The loop of Python is gone; all noise of a trajectory is drawn before each replay, and takes
+    the time and the memory that it takes. The graph belongs to one score function, process, shape
+    and dtype; another one is captured anew, at the cost of about a trajectory: it pays from the
+    third batch of the same shape on. The score function must not wait for the device, nor change
+    between calls but in its weights.
 
     Args:
         sampler: One whose moves are laid out beforehand: any but the adaptive ones and torchsde's.
@@ -33,10 +42,10 @@ class Captured(Sampler):
     _graphs: dict[Any, _Graph] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not hasattr(self.sampler, "follow"):
+        if isinstance(self.sampler, type) or not hasattr(self.sampler, "follow"):
             raise ValueError(
                 "Captured needs a sampler with a plan, of steps that are known beforehand; "
-                f"{type(self.sampler).__name__} has none. Leave out cuda_graph, or use another."
+                f"{self.sampler!r} has none. Leave out cuda_graph, or use another."
             )
 
     @property
@@ -67,15 +76,18 @@ class Captured(Sampler):
                 f"a CUDA graph needs samples on a GPU; got device={x.device}. Leave out "
                 "cuda_graph."
             )
-        sampler, bare = self.sampler.fitted(score, sde, x), getattr(score, "function", score)
+        bare = score.function if isinstance(score, Counted) else score
+        sampler = self.sampler.fitted(bare, sde, x)
         key = bare, sde, sampler, x.shape, x.dtype, x.device
         if key not in self._graphs:
-            self._graphs.clear()  # one at a time: each holds the memory of a whole trajectory
-            self._graphs[key] = _Graph(sampler, bare, sde, x)
+            self._graphs.clear()  # one at a time: each holds the noise of a whole trajectory
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(x.device):
+                self._graphs[key] = _Graph(sampler, bare, sde, x)
         graph = self._graphs[key]
         if bare is not score:
             score.nfe += graph.nfe  # a replay calls nothing that could count
-        return graph.replay(x, noise_over(x, generator))
+        over = noise_over(x, generator, shortest(graph.tape.moves))
+        return iter(graph.replay(x, over))
 
 
 class Tape:
@@ -123,25 +135,50 @@ class _Graph:
     """One captured trajectory, and its tensors."""
 
     def __init__(self, sampler: PlannedSampler, score: Score, sde: SDE, x: Tensor) -> None:
-        self.start, moves = x.clone(), sampler.plan(sde).on(x)
+        self.start, moves, counted = torch.empty_like(x), sampler.plan(sde).on(x), Counted(score)
         self.tape = Tape(moves, x)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side), torch.no_grad():
-            for _ in range(2):  # libraries settle on their kernels and workspaces
-                again = sampler.plan(sde).on(x)
-                for _ in sampler.follow(again, score, self.start, self.tape.count()):
-                    pass
-        torch.cuda.current_stream().wait_stream(side)
-        self.tape.allocate()
-        self.graph, counted = torch.cuda.CUDAGraph(), Counted(score)
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            states = list(sampler.follow(moves, counted, self.start, self.tape.play()))
-        self.nfe, last = counted.nfe, len(states) - 1
-        self.states = [states[i] for i in sorted({round(k * last / 10) for k in range(11)})]
+        last = rehearse(sampler, sde, x, self.tape)
+        wanted = {round(k * last / 10) for k in range(11)}
+        side = torch.cuda.Stream(x.device)
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(side):
+            for move in moves[:: max(1, len(moves) // 3)]:  # libraries settle on their kernels
+                score(self.start.zero_(), move.now.t)
+        torch.cuda.current_stream(x.device).wait_stream(side)
+        self.graph, self.states = torch.cuda.CUDAGraph(), []
+        try:
+            with torch.cuda.graph(self.graph, stream=side):
+                way = sampler.follow(moves, counted, self.start, self.tape.play())
+                self.states = [state for i, state in enumerate(way) if i in wanted]
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise SamplingError(
+                f"{sampler} cannot be captured with this score function, which waits for the "
+                "device, copies to it, or does something else that a graph cannot hold; leave out "
+                f"cuda_graph. CUDA says: {str(error).splitlines()[0]}"
+            ) from error
+        finally:
+            torch.cuda.set_stream(torch.cuda.default_stream(x.device))
+        self.nfe = counted.nfe
 
-    def replay(self, x: Tensor, over: NoiseOver) -> Iterator[tuple[float, Tensor]]:
-        self.start.copy_(x)
-        self.tape.fill(over)
-        self.graph.replay()
-        yield from ((t, state.clone()) for t, state in self.states)
+    def replay(self, x: Tensor, over: NoiseOver) -> list[tuple[float, Tensor]]:
+        """The states shown; copied, since the next replay writes over them."""
+        with torch.cuda.device(x.device):
+            self.start.copy_(x)
+            self.tape.fill(over)
+            self.graph.replay()
+            return [(t, state.clone()) for t, state in self.states]
+
+
+def rehearse(sampler: PlannedSampler, sde: SDE, x: Tensor, tape: Tape) -> int:
+    """Go the way once with a score of zeros, for the noise that it asks for; the number of its
+    last state."""
+    states = sampler.follow(
+        sampler.plan(sde).on(x), lambda x, t: torch.zeros_like(x), x, tape.count()
+    )
+    last = -1
+    for last, _ in enumerate(states):  # noqa: B007
+        pass
+    tape.allocate()
+    return last

@@ -35,29 +35,30 @@ class LangevinCorrector:
 
     It leaves the noised density invariant up to O(epsilon). The published rule has
     :math:`\|z\| / \|s\|` in place of sigma, which is nearly the same in many dimensions: of each
-    sample (``size=sample``), or of the means over the batch (``batch``), which ties a sample to
+    sample (``scale=sample``), or of the means over the batch (``batch``), which ties a sample to
     its neighbours. In few dimensions it makes the step depend on the state: on a 2-D mixture the
     variance came out up to twice too large. So sigma is the default; and the ratio counts up to
     0.7 sigma / r alone, beyond which a step is longer than the level is wide.
 
-    Reference: Song et al. 2021, algorithms 4 and 5.
+    Reference: Song et al. 2021, algorithms 4 and 5, without the factor of nearly one that the
+    second has for VP.
 
     Args:
         snr: r, in (0, 0.7); 0.05 to 0.2 is the useful range, 0.16 their choice for CIFAR-10.
-        size: What r is multiplied by: sigma, or the norms of each sample or of the batch.
+        scale: What r is multiplied by: sigma, or the norms of each sample or of the batch.
     """
 
     snr: float = 0.16
-    size: str = "sigma"
+    scale: str = "sigma"
 
     def __post_init__(self) -> None:
         validation.real("LangevinCorrector", "snr", self.snr, above=0, below=LARGEST)
-        validation.choice("LangevinCorrector", "size", self.size, SIZES)
+        validation.choice("LangevinCorrector", "scale", self.scale, SCALES)
 
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         """One step at level ``nxt``; ``now`` is the same level."""
         pull, fresh = score(x, nxt.t), noise()
-        scale = SIZES[self.size](pull, fresh, nxt.sigma)
+        scale = SCALES[self.scale](pull, fresh, nxt.sigma)
         scale = torch.minimum(scale, nxt.sigma * (LARGEST / self.snr))
         return langevin(x, pull, fresh, 2 * (self.snr * scale).square())
 
@@ -83,7 +84,7 @@ def _norms(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1)
 
 
-SIZES = {"sigma": _of_level, "sample": _of_sample, "batch": _of_batch}
+SCALES = {"sigma": _of_level, "sample": _of_sample, "batch": _of_batch}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,6 @@ class PredictorCorrector(FixedStepSampler):
     predictor: FixedStepSampler = ReverseDiffusion()
     corrector: LangevinCorrector = LangevinCorrector()
     corrections: int = 1
-    stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,10 +120,15 @@ class PredictorCorrector(FixedStepSampler):
             )
         if not getattr(self.predictor, "correctable", False):
             raise ValueError(
-                "PredictorCorrector needs a predictor that goes on from the present state; "
-                f"{type(self.predictor).__name__} goes on from one that it remembers. Use DDIM, "
-                "Heun, DEIS or DPMSolverPP, or for noise ReverseDiffusion or Ancestral."
+                "PredictorCorrector needs a predictor that goes from level to level on from the "
+                f"present state, and {type(self.predictor).__name__} does not. Use DDIM, Heun, "
+                "DEIS or DPMSolverPP, or for noise ReverseDiffusion or Ancestral."
             )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise enters."""
+        return self.corrections > 0 or self.predictor.stochastic
 
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """What the predictor refuses."""
@@ -209,34 +214,35 @@ class Langevin(PlannedSampler):
 
     Args:
         steps: Langevin steps.
-        time: The level, in [t_min, t_max]; t_min if not given.
+        t: Time of the level, in [t_min, t_max]; t_min if not given.
         step_size: a in units of sigma², in (0, 2): above that the dynamics diverge. The larger the
             further from the density that they leave invariant, by O(step_size).
         denoise: Whether the end is E[x_0 | x] at the level, one more evaluation, or x there.
     """
 
     steps: int = 1000
-    time: float | None = None
+    t: float | None = None
     step_size: float = 0.2
     denoise: bool = True
     stochastic: ClassVar[bool] = True
+    correctable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", validation.count("Langevin", "steps", self.steps))
         validation.real("Langevin", "step_size", self.step_size, above=0, below=2)
         validation.flag("Langevin", "denoise", self.denoise)
-        if self.time is not None:
-            validation.real("Langevin", "time", self.time, above=0)
+        if self.t is not None:
+            validation.real("Langevin", "t", self.t, above=0)
 
     def plan(self, sde: SDE) -> Plan:
         """One move to the level, and the steps at it."""
-        time = sde.t_min if self.time is None else self.time
-        if not sde.t_min <= time <= sde.t_max:
+        t = sde.t_min if self.t is None else self.t
+        if not sde.t_min <= t <= sde.t_max:
             raise ValueError(
-                f"Langevin needs its time between t_min={sde.t_min:g} and t_max={sde.t_max:g} of "
-                f"{type(sde).__name__}; got time={time:g}."
+                f"Langevin needs t between t_min={sde.t_min:g} and t_max={sde.t_max:g} of "
+                f"{type(sde).__name__}; got t={t:g}."
             )
-        levels = sde.level(torch.tensor([sde.t_max, time], dtype=torch.float64))
+        levels = sde.level(torch.tensor([sde.t_max, t], dtype=torch.float64))
         steps = [(partial(langevin_step, self.step_size), 1, 1)] * self.steps
         return Plan(levels, [(_resize, 0, 1), *steps])
 

@@ -41,7 +41,8 @@ class Multistep(ExponentialSampler):
     def converges(self) -> int | None:
         """The order, up to 2; None above, where it depends on the problem how long the first
         steps, of lower order, remain without weight."""
-        return self.order if self.order is not None and self.order <= 2 else None
+        order = super().converges
+        return order if order is not None and order <= 2 else None
 
     def orders(self) -> list[int]:
         """Of each step's predictor, at most one more than the number of steps before it."""

@@ -129,11 +129,6 @@ class Ancestral(LinearSampler):
         """Whether fresh noise enters."""
         return self.eta > 0 or self.variance != "posterior"
 
-    @property
-    def converges(self) -> int | None:
-        """Its order, without noise."""
-        return None if self.stochastic else self.order
-
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """The grid; the analytic variance is asked for when a model is there."""
         if self.variance != "analytic":

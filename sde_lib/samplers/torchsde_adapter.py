@@ -126,7 +126,10 @@ class _OnPaths:
 
     def __call__(self, ta, tb=None, return_U=False, return_A=False):  # noqa: ANN001, ANN204, N803
         begin, end = (self.start - float(t) * self.per_step for t in (ta, tb))
-        return self.paths.over(self.x, begin, end)().flatten(1) * float(tb - ta) ** 0.5
+        return (
+            self.paths.over(self.x, begin, end, shortest=self.per_step)().flatten(1)
+            * float(tb - ta) ** 0.5
+        )
 
 
 class _ReverseProblem:
@@ -168,17 +171,21 @@ class _ReverseProblem:
 class _StackedBrownian:
     """One Brownian path for each sample, so that a path does not depend on the batch."""
 
-    def __init__(self, paths: list, shape: tuple[int, int], like: Tensor) -> None:
+    def __init__(
+        self, paths: list, shape: tuple[int, int], like: Tensor, temperature: float
+    ) -> None:
         self.paths, self.shape, self.dtype, self.device = paths, shape, like.dtype, like.device
+        self.std = temperature**0.5
         self.levy_area_approximation = paths[0].levy_area_approximation
 
     def __call__(self, ta, tb=None, return_U=False, return_A=False):  # noqa: ANN001, ANN204, N803
         drawn = [path(ta, tb, return_U=return_U, return_A=return_A) for path in self.paths]
         if isinstance(drawn[0], tuple):
             return tuple(
-                None if part[0] is None else torch.cat(part) for part in zip(*drawn, strict=True)
+                None if part[0] is None else self.std * torch.cat(part)
+                for part in zip(*drawn, strict=True)
             )
-        return torch.cat(drawn)
+        return self.std * torch.cat(drawn)
 
 
 def _brownian(x: Tensor, steps: int, generator: Generator, *, areas: bool):  # noqa: ANN202
@@ -203,6 +210,9 @@ def _brownian(x: Tensor, steps: int, generator: Generator, *, areas: bool):  # n
 
     if isinstance(generator, PerSample):
         return _StackedBrownian(
-            [interval(1, stream) for stream in generator.streams], (len(x), width), x
+            [interval(1, stream) for stream in generator.streams],
+            (len(x), width),
+            x,
+            generator.temperature,
         )
     return interval(len(x), generator)

@@ -15,9 +15,10 @@ from torch import Tensor
 from experiment.checkpoint import write_atomically
 from experiment.errors import RunError
 from experiment.progress import say
+from experiment.variance_heads import kept_head
 from score_models import ScoreModel
 from sde_lib.grids import FittedGrid
-from sde_lib.reverse_variance import AnalyticVariance
+from sde_lib.reverse_variance import VARIANCES, AnalyticVariance, ReverseVariance
 from sde_lib.samplers import Sampler
 
 Found = TypeVar("Found")
@@ -37,23 +38,18 @@ def fitted(
         folder: Where that is kept.
 
     Raises:
-        RunError: If it wants the analytic variance and mode=calibrate has not run.
+        RunError: If it wants a variance and the mode that finds it has not run.
     """
-    if hasattr(sampler, "predictor"):
-        inner = fitted(sampler.predictor, model, like, checkpoint=checkpoint, folder=folder)
-        return replace(sampler, predictor=inner)
-    if getattr(sampler, "variance", None) == "analytic":
-        weights = _digest(checkpoint)
-        variance = _read(_path("variance", weights, folder), weights, _variance)
-        if variance is None:
-            raise RunError(
-                f"{type(sampler).__name__} with variance=analytic needs that of {checkpoint}; run "
-                "`python run.py mode=calibrate` with the same choices first."
-            )
-        return replace(sampler, variance=variance)
+    if sampler.wanted:
+        return sampler.given(
+            {
+                name: _variance_of(name, sampler, model, checkpoint, folder)
+                for name in sampler.wanted
+            }
+        )
     if getattr(sampler, "grid", sampler) is not None:
         return sampler.fitted(model.score, model.sde, like)
-    weights = _digest(checkpoint)
+    weights = digest_of(checkpoint)
     kept = _path("grid", weights, folder)
     grid = _read(kept, weights, lambda c: FittedGrid(tuple(c["clock"]), tuple(c["density"])))
     if grid is not None:
@@ -64,9 +60,31 @@ def fitted(
     return found
 
 
+def _variance_of(
+    name: str, sampler: Sampler, model: ScoreModel, checkpoint: Path, folder: Path
+) -> ReverseVariance:
+    """The variance of this name as it was found before."""
+    if name == "analytic":
+        variance = kept_variance(checkpoint, folder)
+    else:
+        variance = kept_head(name, digest_of(checkpoint), folder, model)
+    if variance is None:
+        raise RunError(
+            f"{type(sampler).__name__} with variance={name} needs that of {checkpoint}; run "
+            f"`python run.py {VARIANCES[name].mode}` with the same choices first."
+        )
+    return variance
+
+
+def kept_variance(checkpoint: Path, folder: Path) -> AnalyticVariance | None:
+    """The analytic variance of the weights of ``checkpoint``, if mode=calibrate has run."""
+    weights = digest_of(checkpoint)
+    return _read(_path("variance", weights, folder), weights, _variance)
+
+
 def keep_variance(variance: AnalyticVariance, checkpoint: Path, folder: Path) -> Path:
     """Write ``variance``, found for the weights of ``checkpoint``, and return where."""
-    weights = _digest(checkpoint)
+    weights = digest_of(checkpoint)
     path = _path("variance", weights, folder)
     columns = {"clock": variance.clock.tolist(), "unresolved": variance.unresolved.tolist()}
     _write(path, weights, decoder_std=variance.decoder_std, **columns)
@@ -80,7 +98,8 @@ def _variance(content: dict[str, Any]) -> AnalyticVariance:
     return AnalyticVariance(clock, unresolved, float(content["decoder_std"]))
 
 
-def _digest(checkpoint: Path) -> str:
+def digest_of(checkpoint: Path) -> str:
+    """What tells the weights of ``checkpoint`` from others."""
     with checkpoint.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -78,6 +78,15 @@ class Sampler(ABC):
         None where it has none."""
         return getattr(self, "order", None)
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Names of what has to be found out about a model before there is a trajectory."""
+        return frozenset()
+
+    def given(self, found: Mapping[str, Any]) -> Sampler:
+        """This sampler with what it :attr:`wanted`, by name."""
+        return self
+
     def fitted(self, score: Score, sde: SDE, like: Tensor) -> Sampler:
         """This sampler with what it wants to know of a model beforehand, found out: itself, for
         most. Worth keeping where one model is sampled from many times.
@@ -189,11 +198,11 @@ class FixedStepSampler(Sampler):
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Names of what has to be found out about a model before there is a plan."""
+        """What the grid wants."""
         return frozenset({getattr(self.grid, "wanted", None)} - {None})
 
     def given(self, found: Mapping[str, Any]) -> FixedStepSampler:
-        """This sampler with what it :attr:`wanted`, by name."""
+        """This sampler with the grid that it wanted."""
         name = getattr(self.grid, "wanted", None)
         return self if name is None else replace(self, grid=self.grid.given(found[name]))
 

@@ -139,11 +139,11 @@ class Ancestral(LinearSampler):
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Names of what has to be found out about a model before there is a plan."""
+        """What the grid and the variance want."""
         return super().wanted | ({self._reverse().wanted} - {None})
 
     def given(self, found: Mapping[str, Any]) -> Ancestral:
-        """This sampler with what it :attr:`wanted`, by name."""
+        """This sampler with the grid and the variance that it wanted."""
         name, sampler = self._reverse().wanted, super().given(found)
         return sampler if name is None else replace(sampler, variance=found[name])
 

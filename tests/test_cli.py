@@ -726,3 +726,32 @@ def test_a_calibration_is_asked_for_made_and_used(trained, tmp_path):
     assert run(*analytic, *place, cwd=folder).returncode == 0
     kept.write_text(kept.read_text()[:50])  # torn: as good as none
     refused(run(*analytic, *place, cwd=folder), "mode=calibrate")
+
+
+def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):
+    folder, _ = trained
+    (checkpoint,) = list(the_run(folder).glob("checkpoints/step-00000006.pt"))
+    place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", "run.name=headed"]
+    few = ["mode=sample", "sampler=npr_ddim", "sampler.steps=3", "mode.num_samples=2"]
+    refused(run(*few, *place, cwd=folder), "variance=npr", "mode=train_variance mode.kind=npr")
+    sizes = [f"mode.{size}" for size in ("steps=3", "batch_size=8", "width=4", "num_test=3")]
+    learn = ["mode=train_variance", *sizes, *place]
+    refused(run(*learn, "mode.grid_steps=9", cwd=folder), "grid_steps for kind=learned alone")
+
+    result = run("mode=calibrate", "mode.num_samples=20", "mode.levels=5", *place, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    result = run(*learn, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "npr less analytic" in result.stdout and "K = 100" in result.stdout
+    (kept,) = (tmp_path / "headed/fitted").glob("head-npr-*.pt")
+    before = kept.read_bytes()
+    again = run(*learn, cwd=folder)
+    assert "already there" in again.stdout and "npr less analytic" in again.stdout
+    assert kept.read_bytes() == before
+    assert run(*learn, "mode.fresh=true", cwd=folder).returncode == 0
+
+    optimal = ["mode=sample", "sampler=analytic_ddpm_optimal", "sampler.steps=3"]
+    for choices in (few, [*optimal, "mode.num_samples=2"]):
+        result = run(*choices, *place, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        assert "4 evaluations each" in result.stdout

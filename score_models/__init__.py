@@ -11,6 +11,7 @@ from score_models.objective import (
 )
 from score_models.parameterization import EDM, Data, Noise, Parameterization, Score, Velocity
 from score_models.times import ImportanceTimes, LogNormalSigma, TimeSampler, UniformTimes
+from score_models.variance_head import VarianceHead
 
 __all__ = [
     "EDM",
@@ -25,6 +26,7 @@ __all__ = [
     "ScoreModel",
     "TimeSampler",
     "UniformTimes",
+    "VarianceHead",
     "Velocity",
     "maximum_likelihood",
     "noise_regression",

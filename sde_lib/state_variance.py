@@ -74,8 +74,9 @@ class ResidualVariance(StateVariance):
     Probabilistic Models, 2022.
 
     Args:
-        estimate: (x [B, ...], t) -> unresolved [B, ...], >= 0; ``variance_of_head`` makes one, a
-            mixture has it in closed form (``GaussianMixture.noise_variance``).
+        estimate: (x [B, ...], t) -> unresolved [B, ...], >= 0. A trained head makes one
+            (``score_models.variance_kinds``), a mixture has it in closed form
+            (``GaussianMixture.noise_variance``).
         data_variance: Largest variance of a coordinate of x_0, model units squared, see
             :meth:`limited`; no limit if not given.
     """

@@ -99,8 +99,15 @@ def of_checkpoint(checkpoint: Path) -> Case:
     for kind in KINDS:
         head = kept_head(kind, digest_of(checkpoint), folder, model)
         variances |= {} if head is None else {kind: head}
-    test = data.units.encode(data.test, seeded(2))
-    return Case(flow, lambda n, seed: test[:n], test[:256], variances, min(256, len(test)))
+    test, everything = (
+        data.units.encode(part, seeded(2))
+        for part in (data.test, torch.cat([data.train, data.test]))
+    )
+
+    def draw(n: int, seed: int) -> Tensor:
+        return everything[torch.randperm(len(everything), generator=seeded(seed))[:n]]
+
+    return Case(flow, draw, test[:256], variances, min(128, len(everything) // 2))
 
 
 def sliced_w2(x: Tensor, y: Tensor, directions: int = 128) -> float:

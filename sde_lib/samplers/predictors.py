@@ -165,7 +165,7 @@ class Ancestral(LinearSampler):
     def plan(self, sde: SDE) -> Plan:
         """The steps, the noise of the last one limited."""
         plan = super().plan(sde)
-        if self.last_std is not None:
+        if self.last_std is not None and type(self).step is LinearSampler.step:
             rows = (Level(*(c[part] for c in plan.levels)) for part in (slice(-2, -1), [-1]))
             (move,) = self.moves(*rows, most=self.last_std)
             plan.moves[-1] = (move, *plan.moves[-1][1:])

@@ -35,9 +35,7 @@ class HeadKind(ABC):
         """Levels (earlier, later) to train ``n`` samples at, [n] float64: even in log SNR, one
         in each of n equal parts."""
         low, high = sde.log_snr_range()
-        order = rand((n,), generator, dtype=torch.float64).argsort()
-        u = (order + rand((n,), generator, dtype=torch.float64)) / n
-        level = sde.level(sde.time_at(low + u * (high - low)))
+        level = sde.level(sde.time_at(low + stratified(n, generator) * (high - low)))
         return level, level
 
     @abstractmethod
@@ -131,9 +129,7 @@ class Interpolation(HeadKind):
     def levels(self, sde: SDE, n: int, generator: Generator) -> tuple[Level, Level]:
         """Neighbours of the grid, drawn evenly."""
         low, high = sde.log_snr_range()
-        order = rand((n,), generator, dtype=torch.float64).argsort()
-        u = (order + rand((n,), generator, dtype=torch.float64)) / n
-        row = (u * self.steps).floor()
+        row = (stratified(n, generator) * self.steps).floor()
         ends = (sde.time_at(low + (row + k) / self.steps * (high - low)) for k in (1, 0))
         earlier, later = (sde.level(t) for t in ends)
         return earlier, later
@@ -159,6 +155,12 @@ KINDS: dict[str, type[HeadKind]] = {
     "sn": SecondMoment,
     "learned": Interpolation,
 }
+
+
+def stratified(n: int, generator: Generator) -> Tensor:
+    """Numbers in [0, 1), one in each of ``n`` equal parts, in random order, float64."""
+    order = rand((n,), generator, dtype=torch.float64).argsort()
+    return (order + rand((n,), generator, dtype=torch.float64)) / n
 
 
 def head_loss(

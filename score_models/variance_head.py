@@ -91,7 +91,11 @@ class HeadOutput:
         self.model, self.head = model, head
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Costs no pass of the network right after the score of the same two tensors."""
+        """Costs no pass of the network right after the score of the same two tensors.
+
+        A wrapper that has the score evaluated at a copy of x costs one pass more, which a counter
+        around the score does not see.
+        """
         features = self.model.features(x, t)
         return self.head(features, log_ratio(self.model, t).to(features).expand(len(x)))
 

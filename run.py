@@ -58,7 +58,7 @@ def main(config: DictConfig) -> None:
     from experiment.run import Run
 
     plain = OmegaConf.to_container(config, resolve=True)
-    report_errors(lambda: Run(plain, instantiate, OVERRIDES).go())
+    report_errors(lambda: Run(plain, instantiate, OVERRIDES, CONF).go())
 
 
 def report_errors(action: Callable[[], None]) -> None:

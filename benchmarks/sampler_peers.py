@@ -4,6 +4,7 @@ Every one takes (score, sde, x, times) and returns x at the last of the times; w
 know of the process is sigma / alpha alone.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -56,8 +57,10 @@ def k_diffusion(name: str, **settings: object) -> Solve:
             level = sde.level(t).like(y)
             return level.denoised(level.alpha * y, score(level.alpha * y, level.t))
 
-        run = getattr(sampling, f"sample_{name}")
-        y = run(denoiser, x / levels.alpha[0].to(x), ratios, disable=True, **settings)
+        run, extra = getattr(sampling, f"sample_{name}"), {}
+        if "noise_sampler" in inspect.signature(run).parameters:  # else a tree, slow and float32
+            extra["noise_sampler"] = lambda now, nxt: torch.randn_like(x)
+        y = run(denoiser, x / levels.alpha[0].to(x), ratios, disable=True, **settings, **extra)
         return levels.alpha[-1].to(x) * y
 
     return solve
@@ -122,4 +125,20 @@ DETERMINISTIC: dict[str, tuple[Solve, int]] = {  # and evaluations a step
     "azula zEAB 3": (azula("zEABSampler", order=3), 1),
     "azula xEAB 3": (azula("xEABSampler", order=3), 1),
     "azula REAB 3": (azula("REABSampler", order=3), 1),
+}
+
+STOCHASTIC: dict[str, tuple[Solve, int]] = {
+    "diffusers SDE-DPM-Solver++ 2M": (
+        diffusers(
+            "DPMSolverMultistepScheduler",
+            solver_order=2,
+            algorithm_type="sde-dpmsolver++",
+            final_sigmas_type="sigma_min",
+        ),
+        1,
+    ),
+    "k-diffusion dpmpp_2m_sde": (k_diffusion("dpmpp_2m_sde"), 1),
+    "k-diffusion dpmpp_sde": (k_diffusion("dpmpp_sde"), 2),
+    "k-diffusion Euler ancestral": (k_diffusion("euler_ancestral"), 1),
+    "azula DDPM": (azula("DDPMSampler"), 1),
 }

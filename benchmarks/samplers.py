@@ -1,12 +1,21 @@
 """Samplers at equal evaluations, ours and those of diffusers, k-diffusion and azula.
 
+pip install '.[bench]'                              the others, but for two of them: see below
 python benchmarks/samplers.py                       mixtures of 2, 32 and 784 dimensions, overhead
 python benchmarks/samplers.py mixture2 overhead     some of them
+python benchmarks/samplers.py noise2 noise32        stochastic ones: distance of their samples
+python benchmarks/samplers.py unet                  images/s, on a GPU where there is one
 python benchmarks/samplers.py digits --checkpoint runs/digits-vp-unet/checkpoints/step-N.pt
 
 Deterministic ones start from the same noise; their error is the RMS distance, by coordinate, from
 a converged solve of the same flow at t_min = 1e-3. The others are given exact noise levels on
-three grids (even in t, in log SNR, and Karras's) and judged by the best of the three.
+three grids (even in t, in log SNR, and Karras's) and judged by the best of the three. Stochastic
+ones are judged by the sliced W2 distance of their samples from true ones at t_min; the floor is
+that of as many true samples, which no sampler can pass.
+
+azula and k-diffusion ask for torchvision, which brings gigabytes of CUDA: `pip install --no-deps
+azula einops` is enough for the first; the second imports it. What is not there is left out, and
+said.
 """
 
 import argparse
@@ -23,15 +32,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.likelihood_targets import MIXTURES, NETWORKS, network  # noqa: E402
-from benchmarks.sampler_peers import DETERMINISTIC  # noqa: E402
+from benchmarks.sampler_peers import DETERMINISTIC, STOCHASTIC  # noqa: E402
+from score_models import EDM, ScoreModel  # noqa: E402
+from score_models.networks import UNet  # noqa: E402
 from sde_lib import SDE, VPSDE, Counted  # noqa: E402
+from sde_lib.distances import Estimate, sliced_wasserstein  # noqa: E402
 from sde_lib.grids import Grid, Karras, UniformLogSNR, UniformTime  # noqa: E402
+from sde_lib.oracles import Oracle  # noqa: E402
 from sde_lib.reverse import Score  # noqa: E402
 from sde_lib.samplers import (  # noqa: E402
     DDIM,
     DEIS,
+    Ancestral,
+    Captured,
     DPMSolver,
     DPMSolverPP,
+    EulerMaruyama,
     FixedStepSampler,
     FlowAdams,
     Heun,
@@ -176,9 +192,145 @@ def overhead(rounds: int = 25, evaluations: int = 50) -> None:
         )
 
 
+SAMPLES = 10_000  # of each stochastic sampler, and twice as many true ones
+NOISY = {
+    "DPM-Solver++ 2M, eta 1": DPMSolverPP(eta=1.0),
+    "DPM-Solver++ 3M, eta 1": DPMSolverPP(order=3, eta=1.0),
+    "DEIS 2, eta 1": DEIS(order=2, eta=1.0),
+    "DEIS 3, eta 0.5": DEIS(order=3, eta=0.5),
+    "Ancestral": Ancestral(grid=UniformLogSNR()),
+    "Euler-Maruyama": EulerMaruyama(grid=UniformLogSNR()),
+    "default (no noise)": FlowAdams(),
+}
+
+
+@torch.no_grad()
+def stochastic(name: str, data: Oracle, sde: SDE, generator: torch.Generator) -> None:
+    """Sliced W2 of samples at equal evaluations, and what it says to what was asked."""
+    level = sde.level(torch.tensor(sde.t_min, dtype=torch.float64))
+
+    def drawn(n: int) -> Tensor:
+        x0 = data.sample(n, generator=generator)
+        return level.alpha * x0 + level.sigma * torch.randn(
+            x0.shape, generator=generator, dtype=x0.dtype
+        )
+
+    score, truth, floor_of = data.score(sde), drawn(2 * SAMPLES), drawn(SAMPLES)
+    x = sde.prior_sample((SAMPLES, *data.shape), generator=generator, dtype=torch.float64)
+
+    def distance(samples: Tensor) -> Estimate:
+        directions = torch.Generator().manual_seed(1)
+        return sliced_wasserstein(samples, truth, generator=directions)
+
+    floor, table = distance(floor_of), {}
+    print(f"\n## {name}: sliced W2 of {SAMPLES} samples; floor {told(floor)}\n")
+    print("| solver |", *(f"{n} |" for n in BUDGETS_NOISY))
+    print("| --- |", *("--- |" for _ in BUDGETS_NOISY))
+    fitted = FlowAdams().fitted(score, sde, x[:32])
+    for who, sampler in (NOISY | {"default (no noise)": fitted}).items():
+        seen = {
+            n: distance(with_steps(sampler, n)(score, sde, x, generator=generator))
+            for n in BUDGETS_NOISY
+        }
+        table[who] = seen
+        print(f"| {who} |", *(f"{told(seen[n])} |" for n in BUDGETS_NOISY), flush=True)
+    for who, (peer, each) in STOCHASTIC.items():
+        seen, torch_seed = {}, torch.random.fork_rng()
+        with torch_seed:
+            torch.manual_seed(7)
+            try:
+                for n in BUDGETS_NOISY:
+                    ends = [peer(score, sde, x, g(sde, n // each)) for g in GRIDS.values()]
+                    finite = [end for end in ends if bool(torch.isfinite(end).all())]
+                    seen[n] = min(map(distance, finite), key=lambda e: e.value)
+            except ImportError as error:
+                print(f"| {who} | not installed: {error} |")
+                continue
+        table[who] = seen
+        print(f"| {who}, best grid |", *(f"{told(seen[n])} |" for n in BUDGETS_NOISY), flush=True)
+    judge_noisy(table, floor)
+
+
+BUDGETS_NOISY = (10, 20, 50, 100)
+
+
+def told(estimate: Estimate) -> str:
+    """The value and half its 95 % interval."""
+    return f"{estimate.value:.4f} ± {(estimate.high - estimate.low) / 2:.4f}"
+
+
+def judge_noisy(table: dict[str, dict[int, Estimate]], floor: Estimate) -> None:
+    """Our SDE solver against the best SDE-DPM-Solver++ of the others, and against the floor."""
+    print()
+    ours = table["DPM-Solver++ 2M, eta 1"]
+    theirs = [row[20].value for who, row in table.items() if who in STOCHASTIC and "2" in who]
+    if theirs:
+        ratio = ours[20].value / min(theirs)
+        print(
+            f"- {'met' if ratio <= 1.5 else 'NOT MET'}: {ratio:.2f} of the best at 20, wanted 1.5"
+        )
+    for who in ("DPM-Solver++ 2M, eta 1", "DEIS 2, eta 1", "default (no noise)"):
+        met = table[who][50].low <= floor.high
+        print(
+            f"- {'met' if met else 'NOT MET'}: {who} at 50 {told(table[who][50])}, floor "
+            f"{told(floor)}: intervals {'meet' if met else 'do not meet'}"
+        )
+
+
+@torch.no_grad()
+def throughput(rounds: int = 7, evaluations: int = 10) -> None:
+    """Images/s with a U-Net, ours and diffusers' loop, and the time beside the bare network."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    network = UNet((1, 28, 28), width=32, blocks=1).eval().requires_grad_(False).to(device)
+    model = ScoreModel(network, VPSDE(t_min=1e-3), EDM(0.5))
+    batch = 256 if device.type == "cuda" else 8
+    x, level = torch.randn(batch, 1, 28, 28, device=device), torch.zeros(batch, device=device)
+    fitted, times = FlowAdams().fitted(model.score, model.sde, x), UniformTime()
+    ours = {"default": fitted, "DDIM": DDIM(), "++ 2M": DPMSolverPP(eta=1.0)}
+    ours = {who: with_steps(sampler, evaluations) for who, sampler in ours.items()}
+    if device.type == "cuda":
+        ours["default, captured"] = Captured(ours["default"])
+    calls = {"bare network": lambda: [network(x, level) for _ in range(evaluations)]}
+    for who, sampler in ours.items():
+        calls[who] = lambda s=sampler: s(model.score, model.sde, x)
+    peer = DETERMINISTIC["diffusers UniPC 2"][0]
+    calls["diffusers UniPC 2"] = lambda: peer(
+        model.score, model.sde, x, times(model.sde, evaluations)
+    )
+    spent = in_turn(calls, rounds, device)
+    print(f"\n## a U-Net at 28x28, {batch} at a time, {evaluations} evaluations, {device}\n")
+    for who, seconds in spent.items():
+        ratios = [a / b for a, b in zip(seconds, spent["bare network"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        speed = batch / statistics.median(seconds)
+        text = f"{who}: {speed:.1f} images/s, {middle:.3f} ({low:.3f}..{high:.3f}) of the network"
+        wanted = "" if who not in ours else "met: " if middle <= 1.01 else "NOT MET (1.01): "
+        print(f"- {wanted}{text}")
+
+
+def in_turn(calls, rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each call, in rounds, so that a busy machine is busy for all."""
+    spent: dict[str, list[float]] = {}
+    for n in range(rounds + 1):
+        for who, call in list(calls.items()):
+            began = time.perf_counter()
+            try:
+                call()
+            except ImportError as error:
+                print(f"{who} is not installed: {error}")
+                del calls[who]
+                continue
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if n:  # the first round warms up
+                spent.setdefault(who, []).append(time.perf_counter() - began)
+    return spent
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*TARGETS, "overhead", "digits"]
+    names = [*TARGETS, "noise2", "noise32", "overhead", "unet", "digits"]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument("--checkpoint", type=Path, help="of the digits model")
     options = parser.parse_args()
@@ -189,6 +341,11 @@ def main() -> None:
         began, generator = time.monotonic(), torch.Generator().manual_seed(5)
         if name == "overhead":
             overhead()
+        elif name == "unet":
+            throughput()
+        elif name.startswith("noise"):
+            data = MIXTURES[name.replace("noise", "mixture")][0]()
+            stochastic(name, data, VPSDE(t_min=1e-3), generator)
         elif name in NETWORKS:
             if options.checkpoint is None:
                 parser.error("digits needs --checkpoint")

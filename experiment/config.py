@@ -184,6 +184,31 @@ def choices(folder: Path) -> dict[str, list[str]]:
     return {group.name: sorted(file.stem for file in group.glob("*.yaml")) for group in groups}
 
 
+def named(folder: Path, group: str, name: str) -> dict[str, Any]:
+    """The node that ``group=name`` stands for, read off its file without composing anything.
+
+    Raises:
+        RunError: If there is no such choice, listing those there are, the likely ones first; or
+            if it names a class outside this project.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """With 1e-4 as the number that hydra takes it for; YAML 1.1 asks for 1.0e-4."""
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    known = choices(folder).get(group, [])
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
+        listed = [*close, *(choice for choice in known if choice not in close)]
+        raise RunError(f"unknown {group} {name!r}; choose of {', '.join(listed)}.")
+    path = folder / group / f"{name}.yaml"
+    node = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    check_targets(node, str(path))
+    return node
+
+
 def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str:
     """A composition error in one line, with the key that was probably meant.
 

@@ -25,7 +25,13 @@ Found = TypeVar("Found")
 
 
 def fitted(
-    sampler: Sampler, model: ScoreModel, like: Tensor, *, checkpoint: Path, folder: Path
+    sampler: Sampler,
+    model: ScoreModel,
+    like: Tensor,
+    *,
+    checkpoint: Path,
+    folder: Path,
+    drawn_by: ScoreModel | None = None,
 ) -> Sampler:
     """``sampler`` with what it wants to know of ``model``: as it was found before for the same
     weights, or else found now and kept.
@@ -36,6 +42,8 @@ def fitted(
         like: A tensor [B, ...] like those to be sampled.
         checkpoint: Its digest names what is kept.
         folder: Where that is kept.
+        drawn_by: The same weights as they will sample, in half precision or compiled: a variance
+            head goes on its features. ``model`` if not given.
 
     Raises:
         RunError: If it wants a variance and the mode that finds it has not run.
@@ -43,7 +51,7 @@ def fitted(
     if sampler.wanted:
         return sampler.given(
             {
-                name: _variance_of(name, sampler, model, checkpoint, folder)
+                name: _variance_of(name, sampler, drawn_by or model, checkpoint, folder)
                 for name in sampler.wanted
             }
         )

@@ -46,7 +46,8 @@ def write_report(run_dir: str | Path) -> Path:
     Read: ``metrics.jsonl``, ``config.yaml``, ``run.json`` (name, created, command, versions,
     state; optionally entropy), ``likelihood.json`` (a list of evaluations; each may carry the
     entropy of the data), and the newest by iteration of ``samples/grid-*.png``,
-    ``samples/strip-*.png``, ``figures/path-*.png`` and ``figures/density-*.png``.
+    ``samples/strip-*.png``, ``figures/path-*.png``, ``figures/density-*.png`` and
+    ``figures/compare-*.png``.
     Written: ``report.html`` and in ``figures/``: ``loss.png``, ``bits.png``, ``information.png``,
     ``rate-distortion.png``. Pictures are embedded; the page loads nothing and runs no script.
 
@@ -87,6 +88,12 @@ def write_report(run_dir: str | Path) -> Path:
         ),
         "Density, score and samples": _newest_picture(
             run_dir, "figures/density", "What was learnt"
+        ),
+        "Samplers compared": _newest_picture(
+            run_dir,
+            "figures/compare",
+            "Quality by evaluations of the network; bars are 95 % intervals, the band is how far "
+            "training samples are from the test set",
         ),
         "Likelihood": bits or _plain("No evaluation yet."),
         "Where the bits are": _information(run_dir, evaluations),

@@ -69,11 +69,13 @@ class Run:
         config: Plain nested dicts.
         instantiate: Builds the object that one node of the configuration describes.
         overrides: What of it was asked for on the command line, as ``key=value``.
+        conf: The folder that it was composed from.
     """
 
     config: Mapping[str, Any]
     instantiate: Callable[[Mapping[str, Any]], Any]
     overrides: Sequence[str] = ()
+    conf: Path = Path("conf")
 
     def __post_init__(self) -> None:
         check_complete(self.config)

@@ -14,22 +14,33 @@ from torch import Tensor
 
 from experiment import figures
 from experiment.data import Dataset
+from experiment.errors import RunError
 from experiment.fitted import fitted
 from experiment.plane import draw_plane
 from experiment.progress import progress, say
 from experiment.report import write_report
 from experiment.run import Run
-from experiment.seeds import sample_streams
+from experiment.seeds import sample_paths
 from experiment.shards import first_alone, gathered, halving, rank, share
 from experiment.trackers import NoTracker, Safe
-from score_models import ScoreModel
+from score_models import ScoreModel, faster
+from score_models.faster import PRECISIONS
 from sde_lib import Counted, PerSample, validation
-from sde_lib.samplers import Sampler, check_samples
+from sde_lib.samplers import Captured, Sampler, check_samples
 
 STRIP = 8  # samples shown on their way from noise to data
 
 
-def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
+def sample(
+    run: Run,
+    *,
+    num_samples: int = 64,
+    batch_size: int = 256,
+    temperature: float = 1.0,
+    precision: str = "float32",
+    compile: bool = False,
+    cuda_graph: bool = False,
+) -> None:
     """Draw samples from the newest checkpoint of the run, or from ``checkpoint=PATH``.
 
     Writes ``samples/samples-<iteration>-<sampler>-<evaluations>-<digest>.npz`` (samples in data
@@ -42,23 +53,37 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
         run: The composed configuration; model and process are those stored with the checkpoint.
         num_samples: How many.
         batch_size: How many at a time; sample i does not depend on it.
+        temperature: Factor on the variance of all noise.
+        precision: Of the network: float32, bfloat16 or float16; states stay in float32.
+        compile: Whether ``torch.compile`` fuses the network.
+        cuda_graph: Whether the whole trajectory is captured and replayed; needs a GPU and a
+            sampler with steps known beforehand.
     """
     num_samples = validation.count("mode=sample", "num_samples", num_samples)
     batch_size = validation.count("mode=sample", "batch_size", batch_size)
+    temperature = validation.real("mode=sample", "temperature", temperature, above=0)
+    validation.choice("mode=sample", "precision", precision, PRECISIONS)
+    validation.flag("mode=sample", "compile", compile)
     validation.installed("matplotlib")
     sampler: Sampler = run.build("sampler")
+    if validation.flag("mode=sample", "cuda_graph", cuda_graph):
+        refuse_graph_on(run.device())
+        Captured(sampler)  # refuses what it cannot capture
     data: Dataset = run.build("data")
     tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
     like, asked_for = torch.zeros(1, *data.shape, device=run.device()), repr(sampler)
+    quick, place = faster(model, precision=precision, compile=compile), run.path / "fitted"
     sampler = first_alone(
-        lambda: fitted(sampler, model, like, checkpoint=path, folder=run.path / "fitted")
+        lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
     )
+    sampler = Captured(sampler) if cuda_graph else sampler
+    model = quick
 
     def drawn(rows: range) -> Drawn:
         score = Counted(model.score)
-        streams = sample_streams(run.seed, "samples", rows, run.device())
+        streams = sample_paths(run.seed, "samples", rows, run.device(), temperature=temperature)
         states = draw(score, model, sampler, data.shape, streams)
         shown = [state.cpu() for state in states] if rows.start == 0 else []
         return Drawn(states[-1].cpu(), streams.seeds, score.nfe, shown)
@@ -74,8 +99,10 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
         seconds, nfe = time.monotonic() - began, max(part.nfe for part in parts)
         values = data.units.decode(torch.cat([part.samples for part in parts]))
         asked = f"{asked_for} {run.seed} {num_samples} {path.absolute()}"
+        if (temperature, precision) != (1.0, "float32"):
+            asked += f" {temperature} {precision}"
         digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
-        kind = f"{type(sampler).__name__.lower()}-{nfe}"
+        kind = f"{asked_for.partition('(')[0].lower()}-{nfe}"
         array = run.path / "samples" / f"samples-{iteration:08d}-{kind}-{digest}.npz"
         array.parent.mkdir(parents=True, exist_ok=True)
         np.savez(
@@ -85,6 +112,8 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
             nfe=nfe,
             seconds=seconds,
             sampler=asked_for,
+            temperature=temperature,
+            precision=precision,
             checkpoint=str(path),
         )
         say(
@@ -95,6 +124,18 @@ def sample(run: Run, *, num_samples: int = 64, batch_size: int = 256) -> None:
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
     say(f"report: {write_report(run.path)}")
+
+
+def refuse_graph_on(device: torch.device) -> None:
+    """A CUDA graph is for a GPU.
+
+    Raises:
+        RunError: On any other device.
+    """
+    if device.type != "cuda":
+        raise RunError(
+            f"mode.cuda_graph=true needs a GPU; this run is on device={device}. Leave it out."
+        )
 
 
 class Drawn(NamedTuple):
@@ -146,7 +187,7 @@ def draw_and_save(
     if len(data.shape) != 3 and data.shape != (2,):
         return None
     count = count if len(data.shape) == 3 else max(count, 2000)
-    streams = sample_streams(run.seed, "samples", range(count), run.device())
+    streams = sample_paths(run.seed, "samples", range(count), run.device())
     states = draw(Counted(model.score), model, sampler, data.shape, streams)
     return draw_pictures(run, model, data, iteration, data.units.decode(states[-1].cpu()), states)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from sde_lib import PerSample
+from sde_lib import BrownianPaths, PerSample
 
 
 def stream(seed: int, purpose: str, index: int) -> torch.Generator:
@@ -20,6 +20,19 @@ def sample_streams(
 ) -> PerSample:
     """One stream a sample: sample i depends on (seed, purpose, i), whatever batch it sits in."""
     return PerSample([_hashed(seed, purpose, i) for i in indices], device)
+
+
+def sample_paths(
+    seed: int,
+    purpose: str,
+    indices: Iterable[int],
+    device: torch.device | str = "cpu",
+    *,
+    temperature: float = 1.0,
+) -> BrownianPaths:
+    """The same streams for samplers: whatever its steps, sample i follows one Brownian path."""
+    seeds = [_hashed(seed, purpose, i) for i in indices]
+    return BrownianPaths(seeds, device, temperature=temperature)
 
 
 def _hashed(seed: int, purpose: str, index: int) -> int:

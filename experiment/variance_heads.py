@@ -97,6 +97,7 @@ def keep_head(
     content = {
         "weights": weights,
         "settings": asdict(settings),
+        "features": list(head.features),
         "shape": list(head.shape),
         "analytic": {**columns, "decoder_std": analytic.decoder_std},
         "head": {name: value.cpu() for name, value in head.state_dict().items()},
@@ -132,7 +133,9 @@ def kept_head(name: str, weights: str, folder: Path, model: ScoreModel) -> State
     if content is None or not content.get("finished"):
         return None
     settings = HeadSettings(**content["settings"])
-    head = new_head(model, tuple(content["shape"]), settings)
+    shapes = (tuple(content[part]) for part in ("features", "shape"))
+    head = VarianceHead(*shapes, settings.width, settings.blocks)
+    head = head.to(next(model.parameters()).device)
     head.load_state_dict(content["head"])
     return variance_of_head(model, head, settings, AnalyticVariance(**content["analytic"]))
 

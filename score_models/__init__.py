@@ -1,5 +1,6 @@
 """What turns a network into a score, and the loss that trains it."""
 
+from score_models.faster import Autocast, faster
 from score_models.model import ScoreModel
 from score_models.objective import (
     EDMWeight,
@@ -15,6 +16,7 @@ from score_models.variance_head import VarianceHead
 
 __all__ = [
     "EDM",
+    "Autocast",
     "Data",
     "EDMWeight",
     "ImportanceTimes",
@@ -28,6 +30,7 @@ __all__ = [
     "UniformTimes",
     "VarianceHead",
     "Velocity",
+    "faster",
     "maximum_likelihood",
     "noise_regression",
     "score_matching_loss",

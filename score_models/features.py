@@ -33,16 +33,27 @@ class Features:
                 "forward end in self.leave(features), as MLP and UNet do."
             )
         self.latest: Tensor | None = None
+        self._heard = False
         self._x: weakref.ref[Tensor] | None = None
         self._version, self._t = -1, None
         leave.register_forward_pre_hook(self._keep)
 
     def _keep(self, leave: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self.latest, self._x = arguments[0].detach(), None
+        self.latest, self._x, self._heard = arguments[0].detach(), None, True
 
     def note(self, x: Tensor, t: Any) -> None:  # noqa: ANN401
-        """Say what the latest evaluation was of."""
-        self._x, self._version, self._t = weakref.ref(x), _version(x), t
+        """Say what the latest evaluation was of.
+
+        Raises:
+            RuntimeError: If the last layer was not heard of meanwhile.
+        """
+        if not self._heard:
+            raise RuntimeError(
+                "the network was evaluated without calling its module `leave` where hooks see it, "
+                "as a network compiled before may do; without features there is no second head. "
+                "Leave out compile, or take a variance that needs no head."
+            )
+        self._x, self._version, self._t, self._heard = weakref.ref(x), _version(x), t, False
 
     def are_of(self, x: Tensor, t: Any) -> bool:  # noqa: ANN401
         """Whether they are of these two objects, and ``x`` has not been written to since."""

@@ -48,6 +48,15 @@ class ScoreModel(nn.Module):
         skip, out = (expand_like(c.to(x.dtype), x) for c in (p.skip(rho), p.out(rho)))
         return skip * y + out * raw
 
+    def keep_features(self) -> None:
+        """From now on keep the features of the latest evaluation, see :meth:`features`.
+
+        Raises:
+            ValueError: If the network does not say what its last layer is.
+        """
+        if self._features is None:
+            self._features = Features(self.network)
+
     @torch.no_grad()
     def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """What enters the last layer of the network at ``x`` [B, ...] and ``t`` [] or [B].
@@ -59,8 +68,7 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: If the network does not say what its last layer is.
         """
-        if self._features is None:
-            self._features = Features(self.network)
+        self.keep_features()
         if not self._features.are_of(x, t):
             self._evaluate(x, t, cond)
         return self._features.latest

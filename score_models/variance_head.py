@@ -37,7 +37,7 @@ class VarianceHead(nn.Module):
         super().__init__()
         width = validation.count("VarianceHead", "width", width)
         blocks = validation.count("VarianceHead", "blocks", blocks)
-        self.shape = tuple(shape)
+        self.features, self.shape = tuple(features), tuple(shape)
         self.spatial = len(features) == 3 and tuple(features[1:]) == tuple(shape[1:])
         before = features[0] if self.spatial else math.prod(features)
         after = shape[0] if self.spatial else math.prod(shape)
@@ -89,6 +89,7 @@ class HeadOutput:
 
     def __init__(self, model: ScoreModel, head: VarianceHead) -> None:
         self.model, self.head = model, head
+        model.keep_features()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Costs no pass of the network right after the score of the same two tensors.
@@ -96,7 +97,8 @@ class HeadOutput:
         A wrapper that has the score evaluated at a copy of x costs one pass more, which a counter
         around the score does not see.
         """
-        features = self.model.features(x, t)
+        # a head stays in its own precision, whatever the network runs in
+        features = self.model.features(x, t).to(next(self.head.parameters()).dtype)
         return self.head(features, log_ratio(self.model, t).to(features).expand(len(x)))
 
 

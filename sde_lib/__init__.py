@@ -1,5 +1,6 @@
 """Continuous-time diffusion processes and everything that moves a sample through time."""
 
+from sde_lib.brownian import BrownianPaths
 from sde_lib.counting import Counted
 from sde_lib.discrete import DiscreteSDE
 from sde_lib.noise import PerSample
@@ -11,6 +12,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "BrownianPaths",
     "CosineSDE",
     "Counted",
     "DiscreteSDE",

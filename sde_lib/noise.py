@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from copy import copy
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from sde_lib import validation
 
 
 class PerSample:
@@ -20,9 +25,19 @@ class PerSample:
     Args:
         seeds: One integer in [0, 2^63) for each sample of the batch.
         device: Where the numbers are drawn; CPU and GPU streams differ.
+        temperature: Factor on the variance of all normal noise, > 0. Samples of Gaussian data then
+            follow :math:`p^{1/T}` exactly, under any sampler whose steps are linear, and so does
+            Langevin dynamics at a level; of other data they only move towards the modes (T < 1).
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        device: torch.device | str = "cpu",
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        self.temperature = validation.real("PerSample", "temperature", temperature, above=0)
         self.seeds = [int(seed) for seed in seeds]
         if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
             raise ValueError(
@@ -32,18 +47,33 @@ class PerSample:
         self.streams = [torch.Generator(device).manual_seed(_mixed(seed)) for seed in self.seeds]
 
     def randn(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Standard normal numbers [B, ...]; row i comes from stream i."""
-        return self._stack(torch.randn, shape, dtype, device)
+        """Normal numbers [B, ...] of variance ``temperature``; row i comes from stream i."""
+        drawn = self._stack(torch.randn, shape, dtype, device)
+        return drawn if self.temperature == 1 else drawn * math.sqrt(self.temperature)
 
     def rand(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uniform numbers in [0, 1), [B, ...]; row i comes from stream i."""
         return self._stack(torch.rand, shape, dtype, device)
 
-    def _stack(self, draw, shape, dtype, device) -> Tensor:  # noqa: ANN001
+    def over(self, x: Tensor, start: float, end: float) -> Callable[[], Tensor]:
+        """``noise()`` in the shape of ``x`` for a step between two values of log(sigma/alpha)."""
+        return partial(randn_like, x, self)
+
+    def select(self, rows: Sequence[int]) -> PerSample:
+        """The streams of some rows of the batch, shared: what they draw is used up here too."""
+        view = copy(self)
+        view.seeds = [self.seeds[i] for i in rows]
+        view.streams = [self.streams[i] for i in rows]
+        return view
+
+    def _check(self, shape: Sequence[int]) -> None:
         if shape[0] != len(self.streams):
             raise ValueError(
                 f"one seed a sample: got {len(self.streams)} seeds for a batch of {shape[0]}."
             )
+
+    def _stack(self, draw, shape, dtype, device) -> Tensor:  # noqa: ANN001
+        self._check(shape)
         rows = [
             draw(tuple(shape[1:]), generator=stream, dtype=dtype, device=stream.device)
             for stream in self.streams
@@ -57,6 +87,12 @@ def _mixed(seed: int) -> int:
 
 
 Generator = torch.Generator | PerSample | None
+
+
+def of_rows(generator: Generator, rows: Sequence[int]) -> Generator:
+    """The source of numbers for some ``rows`` of a batch alone; a ``torch.Generator`` has none of
+    its own for each row, and serves any."""
+    return generator.select(rows) if isinstance(generator, PerSample) else generator
 
 
 def _draw(kind: str, shape, generator, device, dtype) -> Tensor:  # noqa: ANN001
@@ -95,3 +131,11 @@ def rand(
 def randn_like(x: Tensor, generator: Generator = None) -> Tensor:
     """Standard normal numbers in the shape, dtype and device of ``x`` [B, ...]."""
     return randn(x.shape, generator, device=x.device, dtype=x.dtype)
+
+
+def noise_over(x: Tensor, generator: Generator) -> Callable[[float, float], Callable[[], Tensor]]:
+    """For a step between two values of log(sigma/alpha), its ``noise()`` in the shape of ``x``."""
+    if isinstance(generator, PerSample):
+        return partial(generator.over, x)
+    noise = partial(randn_like, x, generator)
+    return lambda start, end: noise

@@ -238,23 +238,28 @@ def check_data_variance(owner: str, data_variance: float | None) -> None:
 def posterior(earlier: Level, later: Level, eta: float = 1.0) -> tuple[Tensor, Tensor]:
     r"""Variance of the fresh noise on the way from t to s, and the factor of x_0 in the mean.
 
-    With :math:`r = v_{t|s} / \sigma_t^2`, at eta = 1 those of :math:`q(x_s | x_t, x_0)`:
+    With :math:`r = v_{t|s} / \sigma_t^2` and a share q of the noise at s that is fresh, at eta = 1
+    those of :math:`q(x_s | x_t, x_0)`:
 
-    .. math::  \eta^2 \sigma_s^2 r, \qquad \alpha_s - \sqrt{1 - \eta^2 r}\,
+    .. math::  \sigma_s^2 q, \qquad \alpha_s - \sqrt{1 - q}\,
                \frac{\sigma_s \alpha_t}{\sigma_t}
-               = \alpha_s \left(1 - \sqrt{(1 - \eta^2 r)(1 - r)}\right)
+               = \alpha_s \left(1 - \sqrt{(1 - q)(1 - r)}\right)
+
+    Up to eta = 1, :math:`q = \eta^2 r` as in DDIM. Beyond, that would exceed 1 in long steps:
+    there :math:`q = 1 - (1 - r)^{\eta^2}`, which is as much of the noise as an
+    Ornstein-Uhlenbeck process of eta² times the speed replaces; short steps tell no difference.
 
     Args:
         earlier: Level at s, the one with less noise.
         later: Level at t; fields of the same shape.
-        eta: Amount of fresh noise, in [0, 1].
+        eta: Amount of fresh noise, >= 0.
     """
     _, variance = earlier.transition(later)
     r = variance / later.sigma.square()
-    kept = ((1 - eta**2 * r) * (1 - r)).clamp(min=0).sqrt()
-    # 1 - kept without cancellation
-    pull = earlier.alpha * r * (1 + eta**2 * (1 - r)) / (1 + kept)
-    return eta**2 * earlier.sigma.square() * r, pull
+    q = eta**2 * r if eta <= 1 else -torch.expm1(eta**2 * torch.log1p(-r.clamp(max=1)))
+    kept = ((1 - q) * (1 - r)).clamp(min=0).sqrt()
+    pull = earlier.alpha * (q + r * (1 - q)) / (1 + kept)  # 1 - kept without cancellation
+    return earlier.sigma.square() * q, pull
 
 
 def named_variance(owner: str, variance: ReverseVariance | str) -> ReverseVariance:

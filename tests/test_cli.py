@@ -236,6 +236,35 @@ def test_samples_of_a_network_are_the_same_whatever_the_batch(trained):
     assert len(np.unique(drawn[0], axis=0)) == 9, "each from noise of its own"
 
 
+def test_more_steps_follow_the_same_path_and_less_heat_stays_nearer_the_middle(trained):
+    folder, _ = trained
+    drawn = {}
+    for name, *settings in (
+        ("few", "sampler.steps=20"),
+        ("more", "sampler.steps=40"),
+        ("other", "sampler.steps=20", "seed=1"),
+        ("cool", "sampler.steps=20", "mode.temperature=0.01", "mode.precision=bfloat16"),
+    ):
+        shared = ["mode=sample", "sampler=dpmpp_sde", "mode.num_samples=6", "tracking=none"]
+        result = run(*shared, *settings, cwd=folder)
+        assert result.returncode == 0, result.stderr
+        file = max((the_run(folder) / "samples").glob("*.npz"), key=lambda f: f.stat().st_mtime_ns)
+        drawn[name] = np.load(file)["samples"].astype(float)
+        file.unlink()
+
+    far = np.abs(drawn["few"] - drawn["other"]).mean()
+    assert np.abs(drawn["few"] - drawn["more"]).mean() < 0.4 * far
+    spread = {name: values.std(axis=0).mean() for name, values in drawn.items()}
+    assert spread["cool"] < 0.3 * spread["few"]
+
+
+def test_a_trajectory_is_captured_on_a_gpu_alone(trained):
+    folder, _ = trained
+    asked = ["mode=sample", "mode.cuda_graph=true", "device=cpu"]
+    refused(run(*asked, cwd=folder), "mode.cuda_graph=true needs a GPU", "device=cpu")
+    refused(run(*asked, "sampler=adaptive", cwd=folder), "needs a GPU")
+
+
 def test_the_network_is_rebuilt_from_the_config_stored_with_the_checkpoint(trained):
     folder, _ = trained  # trained with width 8; the default is wider
     result = run("mode=sample", "mode.num_samples=2", "sampler.steps=1", cwd=folder)
@@ -729,6 +758,32 @@ def test_a_calibration_is_asked_for_made_and_used(trained, tmp_path):
     assert run(*analytic, *place, cwd=folder).returncode == 0
     kept.write_text(kept.read_text()[:50])  # torn: as good as none
     refused(run(*analytic, *place, cwd=folder), "mode=calibrate")
+
+
+def test_samplers_are_compared_in_table_record_figure_and_page(trained, tmp_path):
+    folder, _ = trained
+    (checkpoint,) = the_run(folder).glob("checkpoints/step-00000006.pt")
+    place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", "run.name=compared"]
+    asked = ["mode=compare", *place, "tracking=none", "mode.num_samples=20"]
+    asked += ["mode.reference_steps=10", "mode.tolerances=[1e-1]", "mode.nfe=[4,9]"]
+    names = "mode.samplers=[heun,adaptive,annealed_langevin,dpmpp_sde]"
+    result = run(*asked, names, cwd=folder)
+    assert result.returncode == 0, result.stderr
+
+    home = tmp_path / "compared"
+    (record,) = (home / "compare").glob("compare-00000006-??????.json")
+    found = json.loads(record.read_text())
+    spent = [(row["sampler"], row.get("nfe")) for row in found["results"]]
+    assert spent[:2] == [("heun", 3), ("heun", 9)] and spent[2][0] == "adaptive"
+    assert spent[3:5] == [("annealed_langevin", None)] * 2
+    assert "takes 11 evaluations at least" in result.stdout
+    assert spent[5:] == [("dpmpp_sde", 4), ("dpmpp_sde", 9)]
+    assert found["reference"]["samples"] == 20 and found["seed"] == 0
+    assert (home / "figures/compare-00000006.png").read_bytes().startswith(b"\x89PNG")
+    assert "Quality by evaluations of the network" in (home / "report.html").read_text()
+
+    uncalibrated = run(*asked, "mode.samplers=[analytic_ddpm]", cwd=folder)
+    refused(uncalibrated, "variance=analytic", "mode=calibrate")
 
 
 def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):

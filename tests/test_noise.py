@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sde_lib import VPSDE, Counted, PerSample
-from sde_lib.noise import rand, randn, randn_like
+from sde_lib.noise import of_rows, rand, randn, randn_like
 
 
 @pytest.mark.parametrize("draw", [randn, rand])
@@ -77,6 +77,21 @@ def test_impossible_seeds_are_refused(seeds: list[int]) -> None:
 def test_a_batch_of_another_size_is_refused() -> None:
     with pytest.raises(ValueError, match="one seed a sample: got 2 seeds for a batch of 3"):
         randn((3, 4), PerSample([0, 1]))
+
+
+def test_selected_rows_draw_from_their_own_streams_and_use_them_up() -> None:
+    streams, other = PerSample([0, 1, 2]), PerSample([0, 1, 2])
+    first, second = (randn((3, 4), other) for _ in range(2))
+
+    some = randn((2, 4), of_rows(streams, [2, 0]))
+
+    assert torch.equal(some, first[[2, 0]])
+    assert torch.equal(randn((3, 4), streams), torch.stack([second[0], first[1], second[2]]))
+
+
+def test_a_generator_without_streams_serves_any_rows() -> None:
+    generator = torch.Generator()
+    assert of_rows(generator, [2]) is generator and of_rows(None, [2]) is None
 
 
 def test_numbers_are_drawn_on_the_device_of_the_seeds_unless_told() -> None:

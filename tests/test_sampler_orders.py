@@ -29,11 +29,13 @@ from sde_lib.samplers import (
     FlowAdams,
     Heun,
     LangevinCorrector,
+    NoPredictor,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
     UniPC,
 )
+from sde_lib.samplers.base import Step
 
 Make = Callable[[int], Sampler]
 
@@ -68,8 +70,10 @@ STOCHASTIC = {
     "euler_maruyama": EulerMaruyama,
     "euler_maruyama_half": partial(EulerMaruyama, eta=0.5),
     "reverse_diffusion": ReverseDiffusion,
+    "reverse_diffusion_half": partial(ReverseDiffusion, eta=0.5),
     "ancestral": Ancestral,
     "ancestral_half": partial(Ancestral, eta=0.5),
+    "ancestral_beyond": partial(Ancestral, eta=1.5),
 }
 
 
@@ -227,28 +231,25 @@ def test_annealed_langevin_keeps_x_over_alpha_between_levels(sde: SDE) -> None:
     now, nxt = sde.level(t).rows()
     x = torch.ones(3, dtype=torch.float64)
 
-    moved = AnnealedLangevin().step(lambda x, t: zero(x), x, now, nxt, partial(zero, x))
+    moved = NoPredictor().step(lambda x, t: zero(x), x, now, nxt, partial(zero, x))
 
     assert_close(moved / nxt.alpha, x / now.alpha)
 
 
 @pytest.mark.parametrize(
-    "sampler",
-    [
-        LangevinCorrector(snr=0.1),
-        AnnealedLangevin(step_size=0.02),
-    ],
-    ids=lambda s: type(s).__name__,
+    "step",
+    [LangevinCorrector(snr=0.1).step, AnnealedLangevin(step_size=0.02).plan(VPSDE()).moves[0][0]],
+    ids=["corrector", "annealed"],
 )
-def test_langevin_step_keeps_the_noised_density_to_first_order(sampler: object, sde: SDE) -> None:
+def test_langevin_step_keeps_the_noised_density_to_first_order(step: Step, sde: SDE) -> None:
     """On N(0, v) a step of size a = 0.02 sigma² takes v to (1 - a/v)² v + 2 a = v + a²/v."""
     data, t = Gaussian(0.0, 0.8), torch.tensor(0.3 * sde.t_max, dtype=torch.float64)
     level = sde.level(t)
     v = float(0.64 * level.alpha**2 + level.sigma**2)
     x = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
-    silent = sampler.step(data.score(sde), x, level, level, partial(zero, x))
-    loud = sampler.step(data.score(sde), x, level, level, partial(torch.ones_like, x))
+    silent = step(data.score(sde), x, level, level, partial(zero, x))
+    loud = step(data.score(sde), x, level, level, partial(torch.ones_like, x))
 
     a = 0.02 * float(level.sigma) ** 2
     assert float((silent[1] - silent[0]) ** 2 * v + (loud[0] - silent[0]) ** 2) == pytest.approx(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from sde_lib import SDE, VESDE, VPSDE, Counted, DiscreteSDE, PerSample
+from sde_lib import SDE, VPSDE, BrownianPaths, Counted, DiscreteSDE, PerSample
 from sde_lib.checks import check_sampler
 from sde_lib.grids import Karras, Subsequence, UniformLogSNR, UniformTime
 from sde_lib.oracles import GaussianMixture
@@ -27,7 +27,9 @@ from sde_lib.samplers import (
     EulerMaruyama,
     FlowAdams,
     Heun,
+    Langevin,
     LangevinCorrector,
+    NoPredictor,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
@@ -59,13 +61,27 @@ STOCHASTIC = {
     "reverse_diffusion": ReverseDiffusion,
     "ancestral": Ancestral,
     "ancestral_half": partial(Ancestral, eta=0.5),
+    "ancestral_beyond": partial(Ancestral, eta=1.5, grid=UniformLogSNR()),
+    "reverse_diffusion_half": partial(ReverseDiffusion, eta=0.5),
     "heun_churn": partial(Heun, churn=20.0),
     "deis_half": partial(DEIS, eta=0.5, order=2),
     "sde_dpmpp_2m": partial(DPMSolverPP, eta=1.0),
     "predictor_corrector": PredictorCorrector,
+    "predictor_corrector_by_norms": partial(
+        PredictorCorrector, corrector=LangevinCorrector(snr=0.05, size="sample")
+    ),
     "torchsde": TorchSDE,
 }
-LANGEVIN = {"annealed_langevin": partial(AnnealedLangevin, inner_steps=10, step_size=0.2)}
+LANGEVIN = {
+    "annealed_langevin": partial(AnnealedLangevin, inner_steps=10, step_size=0.2),
+    "corrector_only": partial(  # the same: 2 snr² = 0.2, but that it does not begin at t_max
+        PredictorCorrector,
+        predictor=NoPredictor(),
+        corrector=LangevinCorrector(snr=math.sqrt(0.1)),
+        corrections=10,
+        grid=UniformLogSNR(),
+    ),
+}
 ADAPTIVE = {"adaptive": lambda steps: AdaptiveODE()}
 BY_STEPS = FLOW | STOCHASTIC | LANGEVIN
 
@@ -86,28 +102,14 @@ def test_euler_on_the_flow_conforms_on_every_process(sde: SDE) -> None:
     )  # in t, the geometric sigma of VE costs it
 
 
-def test_annealed_langevin_conforms_on_every_process(sde: SDE) -> None:
+@of(LANGEVIN)
+def test_langevin_from_level_to_level_conforms_on_every_process(make: Make, sde: SDE) -> None:
     # frozen in: 1 / (10 inner steps * 0.2 * 5.5 levels a factor e of rho), 9 % on sub-VP
-    check_sampler(LANGEVIN["annealed_langevin"], sde, steps=100, bias=0.15)
+    check_sampler(make, sde, steps=100, bias=0.15)
 
 
 def test_adaptive_solver_conforms_on_every_process(sde: SDE) -> None:
     check_sampler(ADAPTIVE["adaptive"], sde, bias=0.01, batch_tolerance=5e-3)
-
-
-def test_annealed_langevin_finds_both_modes_of_a_mixture(
-    mixture: GaussianMixture, seeded: SeededGenerator, assert_moments: Callable[..., None]
-) -> None:
-    sde, generator = VESDE(), seeded(0)
-    x = sde.prior_sample((4000, 2), generator=generator)
-
-    x0 = AnnealedLangevin(100, inner_steps=20, step_size=0.1)(
-        mixture.score(sde), sde, x, generator=generator
-    )
-
-    assert_moments(
-        x0, mixture.mean(), mixture.variance(), bias=0.08
-    )  # 1 / (20 * 0.1 * 12), and half a step
 
 
 @of(FLOW | STOCHASTIC | ADAPTIVE)
@@ -244,7 +246,9 @@ def test_sample_i_is_the_same_alone_and_in_a_batch_of_7_and_of_64(
         (UniPC(10), 11),
         (FlowAdams(10, grid=UniformLogSNR()), 11),
         (FlowAdams(10), 11 + 64),
-        (AnnealedLangevin(10, inner_steps=5), 51),
+        (AnnealedLangevin(10, inner_steps=5), 56),
+        (Langevin(20), 21),
+        (PredictorCorrector(10, predictor=NoPredictor(), corrections=3), 31),
         (TorchSDE(10), 12),
         (TorchSDE(10, method="heun"), 22),
         (TorchSDE(10, denoise=False), 11),
@@ -295,16 +299,25 @@ def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMi
         ),
         (lambda: TorchSDE(steps=-3), "TorchSDE needs steps to be a whole number >= 1"),
         (
-            lambda: Ancestral(eta=1.1),
-            "Ancestral needs eta to be a finite number >= 0 and <= 1; got eta=1.1",
+            lambda: Ancestral(eta=math.inf),
+            "Ancestral needs eta to be a finite number >= 0; got eta=inf",
         ),
         (lambda: DDIM(eta=-0.1), "DDIM needs eta"),
+        (lambda: ReverseDiffusion(eta=-1.0), "ReverseDiffusion needs eta to be a finite number"),
         (lambda: EulerMaruyama(eta=-1.0), "EulerMaruyama needs eta to be a finite number >= 0"),
         (lambda: Heun(churn=-1.0), "Heun needs churn to be a finite number >= 0"),
         (
             lambda: LangevinCorrector(snr=0.0),
             "LangevinCorrector needs snr to be a finite number > 0 and < 0.7",
         ),
+        (
+            lambda: LangevinCorrector(size="norm"),
+            "LangevinCorrector needs size to be one of batch, sample, sigma; got size='norm'",
+        ),
+        (lambda: Langevin(0), "Langevin needs steps to be a whole number >= 1; got steps=0"),
+        (lambda: Langevin(step_size=2.0), "step_size to be a finite number > 0 and < 2"),
+        (lambda: Langevin(time=0.0), "Langevin needs time to be a finite number > 0"),
+        (lambda: Langevin(time=2.0).check(VPSDE()), "between t_min=1e-05 and t_max=1 of VPSDE"),
         (lambda: AnnealedLangevin(step_size=2.0), "step_size to be a finite number > 0 and < 2"),
         (lambda: AnnealedLangevin(inner_steps=0), "inner_steps to be a whole number >= 1"),
         (lambda: PredictorCorrector(corrections=-1), "corrections to be a whole number >= 0"),
@@ -402,10 +415,12 @@ def test_a_score_that_breaks_on_the_way_is_found_at_its_step(
 @pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU here: the loop's waits cannot be seen"
 )
+@pytest.mark.parametrize("paths", [False, True], ids=["generator", "paths"])
 @of({k: m for k, m in BY_STEPS.items() if k != "torchsde"})
-def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make) -> None:
+def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make, paths: bool) -> None:
     device = torch.device("cuda")
     sde, generator = VPSDE(), torch.Generator(device).manual_seed(0)
+    generator = BrownianPaths(range(64), device) if paths else generator
     x = sde.prior_sample((64, 8), generator=generator, device=device)
 
     def score(x: Tensor, t: Tensor) -> Tensor:
@@ -424,15 +439,3 @@ def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
     assert bool(torch.isfinite(x).all())
-
-
-def test_a_langevin_step_has_the_stated_size(sde: SDE) -> None:
-    level = sde.level(torch.tensor(0.4, dtype=torch.float64))
-    zeros, ones = torch.zeros(2, 3, dtype=torch.float64), torch.ones(2, 3, dtype=torch.float64)
-    corrector, size = LangevinCorrector(snr=0.1), 2 * (0.1 * level.sigma) ** 2
-
-    pulled = corrector.step(lambda x, t: ones, zeros, level, level, lambda: zeros)
-    shaken = corrector.step(lambda x, t: zeros, zeros, level, level, lambda: ones)
-
-    assert_close(pulled, size * ones)
-    assert_close(shaken, torch.sqrt(2 * size) * ones)

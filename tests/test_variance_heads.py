@@ -25,7 +25,7 @@ from experiment.variance_heads import (
     variance_of_head,
 )
 from likelihood import calibrate_variance, discrete_bounds
-from score_models import EDM, Noise, ScoreModel
+from score_models import EDM, Noise, ScoreModel, faster
 from score_models.networks import MLP, UNet
 from score_models.variance_head import VarianceHead
 from score_models.variance_kinds import KINDS, head_loss
@@ -160,6 +160,33 @@ def test_a_sampler_with_a_head_costs_one_pass_a_step_and_a_sample_is_alone(make,
     alone = variance.unresolved(state[1:2], level, model.noise(state[1:2], level.t))
     assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-6)
     assert float(whole.std()) > 0
+
+
+def test_a_head_goes_with_a_network_in_half_precision(pictures):
+    settings = HeadSettings("npr", width=8, blocks=1)
+    head = new_head(pictures, (1, 8, 8), settings)
+    nn.init.normal_(head.leave.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    pictures.network = watched = Watched(pictures.network)
+    quick = faster(pictures, precision="bfloat16")
+    x, level = torch.randn(4, 1, 8, 8), SDE.level(time(0.2))
+    found = []
+    for model in (pictures, quick):
+        variance = variance_of_head(model, head, settings, ANALYTIC)
+        watched.passes = 0
+        found.append(variance.unresolved(x, level, model.noise(x, level.t)))
+        assert watched.passes == 1
+    # bfloat16 keeps 8 bits: features miss by some 2^-8, the logarithm of the output by as much
+    assert_close(found[1], found[0], rtol=0.05, atol=0)
+    assert not torch.equal(found[1], found[0])
+
+
+def test_a_pass_that_hides_its_last_layer_is_refused(vectors):
+    vectors.keep_features()
+    hidden = vectors.network.leave.forward
+    vectors.network.leave = nn.Identity()
+    vectors.network.forward = lambda x, level, cond=None: hidden(torch.zeros(len(x), 16))
+    with pytest.raises(RuntimeError, match="where hooks see it"):
+        vectors.score(torch.zeros(3, 2), time(0.0))
 
 
 def train(kind, model, data, steps, seed=0):

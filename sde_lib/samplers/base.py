@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sde_lib import validation
 from sde_lib.grids import Grid, Karras
-from sde_lib.noise import Generator, randn_like
+from sde_lib.noise import Generator, noise_over
 from sde_lib.reverse import Score
 from sde_lib.sde import SDE, Level
 
 Noise = Callable[[], Tensor]
 Value = TypeVar("Value")
+NoiseOver = Callable[[float, float], Noise]  # of a step between two values of log(sigma/alpha)
 Step = Callable[[Score, Tensor, Level, Level, Noise], Tensor]
 
 
@@ -42,15 +43,31 @@ class Plan:
         return cls(levels, [(step, i, i + 1) for i in range(len(levels.t) - 1)])
 
     def __iter__(self) -> Iterator[tuple[Step, Level, Level]]:
-        return self._with(self.levels)
+        return ((move.step, move.now, move.nxt) for move in self._with(self.levels))
 
-    def on(self, x: Tensor) -> Iterator[tuple[Step, Level, Level]]:
-        """The same where ``x`` is and in its dtype, copied there at once; ``t`` stays float64."""
+    def on(self, x: Tensor) -> list[Move]:
+        """The moves with their levels where ``x`` is and in its dtype, copied there at once;
+        ``t`` stays float64."""
         return self._with(self.levels.like(x))
 
-    def _with(self, levels: Level) -> Iterator[tuple[Step, Level, Level]]:
-        rows = levels.rows()
-        return ((move, rows[i], rows[j]) for move, i, j in self.moves)
+    def _with(self, levels: Level) -> list[Move]:
+        rows, times = levels.rows(), self.levels.t.tolist()
+        clock = self.levels.noise_ratio.log().tolist()
+        return [
+            Move(step, rows[i], rows[j], (times[i], times[j]), (clock[i], clock[j]))
+            for step, i, j in self.moves
+        ]
+
+
+class Move(NamedTuple):
+    """One step of a plan, the two levels that it joins, and their times and log(sigma/alpha) as
+    numbers."""
+
+    step: Step
+    now: Level
+    nxt: Level
+    times: tuple[float, float]
+    clocks: tuple[float, float]
 
 
 class SamplingError(RuntimeError):
@@ -126,8 +143,15 @@ class Sampler(ABC):
             Samples [B, ...] in the dtype of ``x``, denoised at t_min.
 
         Raises:
+            ValueError: If ``x`` is not a batch of floating-point numbers.
             SamplingError: If the result is not finite, or a solver gives up.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not len(x):
+            got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(
+                f"{type(self).__name__} starts from samples [B, ...] of floating-point numbers, "
+                f"as sde.prior_sample draws them; got {got}."
+            )
         end = x
         for _, end in self.trajectory(score, sde, x, generator=generator):  # noqa: B007
             pass  # one state at a time: a thousand of them would not fit
@@ -168,12 +192,50 @@ def denoise(score: Score, x: Tensor, level: Level) -> Tensor:
     return level.denoised(x, score(x, level.t))
 
 
-@dataclass(frozen=True)
-class FixedStepSampler(Sampler):
-    """A sampler that visits a grid of times laid out before the first evaluation.
+class PlannedSampler(Sampler):
+    """A sampler whose moves are all laid out before the first evaluation.
 
-    A subclass lays out its :meth:`plan`. All scalars are computed up front, in float64 and then
-    moved to the device, so that nothing in the loop waits for it.
+    All scalars are computed up front, in float64 and then moved to the device, so that nothing in
+    the loop waits for it.
+    """
+
+    denoise: bool
+    correctable: ClassVar[bool] = True  # goes on from the state that it is given
+
+    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
+        """Lay out the plan once: a grid that does not fit the process says so."""
+        self.plan(sde)
+
+    @abstractmethod
+    def plan(self, sde: SDE) -> Plan:
+        """All moves of one trajectory; those that remember are made anew for each."""
+
+    def trajectory(
+        self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
+    ) -> Iterator[tuple[float, Tensor]]:
+        """The states on the way, as (time, x), the first at t_max and the last the result."""
+        return self.follow(self.plan(sde).on(x), score, x, noise_over(x, generator))
+
+    def follow(
+        self, moves: Sequence[Move], score: Score, x: Tensor, over: NoiseOver
+    ) -> Iterator[tuple[float, Tensor]]:
+        """The states on the way through ``moves``, whose noise comes from ``over``."""
+        inner = InShape(score)
+        yield moves[0].times[0], x
+        for move in moves:
+            x = move.step(inner, x, move.now, move.nxt, over(*move.clocks))
+            if inner is not score and inner.fits:
+                inner = score  # one answer tells for all
+            yield move.times[1], x
+        if self.denoise:
+            yield move.times[1], denoise(inner, x, move.nxt)
+
+
+@dataclass(frozen=True)
+class FixedStepSampler(PlannedSampler):
+    """A sampler that visits a grid of times.
+
+    A subclass lays out its :meth:`plan`.
 
     Args:
         steps: Number of steps, >= 1.
@@ -184,7 +246,6 @@ class FixedStepSampler(Sampler):
     steps: int = 100
     grid: Grid = Karras()
     denoise: bool = True
-    correctable: ClassVar[bool] = True  # goes on from the state that it is given
 
     def __post_init__(self) -> None:
         steps = validation.count(type(self).__name__, "steps", self.steps)
@@ -212,29 +273,9 @@ class FixedStepSampler(Sampler):
         if not self.wanted:
             self.plan(sde)
 
-    @abstractmethod
-    def plan(self, sde: SDE) -> Plan:
-        """All moves of one trajectory; those that remember are made anew for each."""
-
     def levels(self, sde: SDE) -> Level:
         """The levels of the grid, [steps + 1] float64."""
         return remembered(_levels, self.grid, sde, self.steps)
-
-    def trajectory(
-        self, score: Score, sde: SDE, x: Tensor, *, generator: Generator = None
-    ) -> Iterator[tuple[float, Tensor]]:
-        """The states on the way, as (time, x), the first at t_max and the last the result."""
-        plan = self.plan(sde)
-        times = plan.levels.t.tolist()
-        noise, inner = partial(randn_like, x, generator), InShape(score)
-        yield sde.t_max, x
-        for (move, now, nxt), (_, _, j) in zip(plan.on(x), plan.moves, strict=True):
-            x = move(inner, x, now, nxt, noise)
-            if inner is not score and inner.fits:
-                inner = score  # one answer tells for all
-            yield times[j], x
-        if self.denoise:
-            yield times[j], denoise(inner, x, nxt)
 
 
 class InShape:

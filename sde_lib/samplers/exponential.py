@@ -30,8 +30,6 @@ class Prediction(ABC):
     score, and k, w and c. All arguments are float64, of any shape that broadcasts.
     """
 
-    stochastic: bool = True
-
     @abstractmethod
     def of_score(self, level: Level) -> tuple[Tensor, Tensor]:
         """p and q at ``level``."""
@@ -92,23 +90,39 @@ class VPrediction(Prediction):
     \sigma^2`: :math:`d(x/S)/du = (\alpha\sigma/S^2)\, v`.
 
     The state turns in the plane of data and noise by an angle :math:`\arctan\varrho`; v is of
-    order one at both ends, where the other two lose their information. Deterministic only.
-    """
+    order one at both ends, where the other two lose their information. Fresh noise replaces what
+    was there,
 
-    stochastic = False
+    .. math::  d\frac xS = \left[(1 + \eta^2)\frac{\alpha\sigma}{S^2}\, v
+               + \eta^2 \frac{\sigma^2}{S^2} \frac xS\right] du
+               + \eta \sqrt2\, \frac{\sigma}{S}\, d\bar w
+
+    at a rate whose integral is :math:`\log(1 + \varrho^2)`: of data of variance one, for which v
+    vanishes, the variance is kept by steps of any length.
+    """
 
     def of_score(self, level: Level) -> tuple[Tensor, Tensor]:
         scale = torch.hypot(level.alpha, level.sigma)
         return -level.sigma / (level.alpha * scale), -level.sigma * scale / level.alpha
 
     def kept(self, now: Level, nxt: Level, eta: float) -> Tensor:
-        return torch.hypot(nxt.alpha, nxt.sigma) / torch.hypot(now.alpha, now.sigma)
+        scales = torch.hypot(nxt.alpha, nxt.sigma) / torch.hypot(now.alpha, now.sigma)
+        return scales * self._left(now.noise_ratio, nxt, eta)
 
     def weight(self, u: Tensor, nxt: Level, eta: float) -> Tensor:
-        return torch.hypot(nxt.alpha, nxt.sigma) * 0.5 / torch.cosh(u)
+        rate = (1 + eta**2) * torch.hypot(nxt.alpha, nxt.sigma) * 0.5 / torch.cosh(u)
+        return rate * self._left(u.exp(), nxt, eta)
 
     def fresh(self, now: Level, nxt: Level, eta: float) -> Tensor:
-        return torch.zeros_like(now.alpha)
+        replaced = -torch.expm1(2 * self._log_left(now.noise_ratio, nxt, eta))
+        return torch.hypot(nxt.alpha, nxt.sigma) * replaced.clamp(min=0).sqrt()
+
+    def _left(self, ratio: Tensor, nxt: Level, eta: float) -> Tensor:
+        return self._log_left(ratio, nxt, eta).exp()
+
+    def _log_left(self, ratio: Tensor, nxt: Level, eta: float) -> Tensor:
+        """Log of what is not replaced from the noise ratio ``ratio`` to ``nxt``."""
+        return 0.5 * eta**2 * (torch.log1p(nxt.noise_ratio**2) - torch.log1p(ratio**2))
 
 
 PREDICTIONS: dict[str, Prediction] = {

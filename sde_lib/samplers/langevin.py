@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +13,18 @@ from torch import Tensor
 from sde_lib import validation
 from sde_lib.grids import Grid, UniformLogSNR
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import FixedStepSampler, Noise, OneStepSampler, Plan, Step
+from sde_lib.samplers.base import (
+    FixedStepSampler,
+    Noise,
+    OneStepSampler,
+    Plan,
+    PlannedSampler,
+    Step,
+)
 from sde_lib.samplers.predictors import ReverseDiffusion
-from sde_lib.sde import SDE, Level
+from sde_lib.sde import SDE, Level, expand_like
+
+LARGEST = 0.7  # of sigma, for a step of sigma²: half of what diverges
 
 
 @dataclass(frozen=True)
@@ -25,25 +35,56 @@ class LangevinCorrector:
     \sigma)^2
 
     It leaves the noised density invariant up to O(epsilon). The published rule has
-    :math:`\|z\| / \|s\|` in place of sigma, which is nearly the same in many dimensions. In few it
-    makes the step depend on the state: on a 2-D mixture the variance came out up to twice too
-    large, and norms over a batch tie each sample to its neighbours. So sigma it is.
+    :math:`\|z\| / \|s\|` in place of sigma, which is nearly the same in many dimensions: of each
+    sample (``size=sample``), or of the means over the batch (``batch``), which ties a sample to
+    its neighbours. In few dimensions it makes the step depend on the state: on a 2-D mixture the
+    variance came out up to twice too large. So sigma is the default; and the ratio counts up to
+    0.7 sigma / r alone, beyond which a step is longer than the level is wide.
 
     Reference: Song et al. 2021, algorithms 4 and 5.
 
     Args:
         snr: r, in (0, 0.7); 0.05 to 0.2 is the useful range, 0.16 their choice for CIFAR-10.
+        size: What r is multiplied by: sigma, or the norms of each sample or of the batch.
     """
 
     snr: float = 0.16
+    size: str = "sigma"
 
     def __post_init__(self) -> None:
-        validation.real("LangevinCorrector", "snr", self.snr, above=0, below=0.7)
+        validation.real("LangevinCorrector", "snr", self.snr, above=0, below=LARGEST)
+        validation.choice("LangevinCorrector", "size", self.size, SIZES)
 
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
         """One step at level ``nxt``; ``now`` is the same level."""
-        size = 2 * (self.snr * nxt.sigma) ** 2
-        return x + size * score(x, nxt.t) + torch.sqrt(2 * size) * noise()
+        pull, fresh = score(x, nxt.t), noise()
+        scale = SIZES[self.size](pull, fresh, nxt.sigma)
+        scale = torch.minimum(scale, nxt.sigma * (LARGEST / self.snr))
+        return langevin(x, pull, fresh, 2 * (self.snr * scale).square())
+
+
+def langevin(x: Tensor, score: Tensor, noise: Tensor, size: Tensor) -> Tensor:
+    """x + size * score + sqrt(2 size) * noise, ``size`` of shape [] or [B, 1, ...]."""
+    return x + size * score + torch.sqrt(2 * size) * noise
+
+
+def _of_level(score: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return sigma
+
+
+def _of_sample(score: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return expand_like(_norms(noise) / _norms(score), score)  # infinite where the score is zero
+
+
+def _of_batch(score: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    return _norms(noise).mean() / _norms(score).mean()
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+SIZES = {"sigma": _of_level, "sample": _of_sample, "batch": _of_batch}
 
 
 @dataclass(frozen=True)
@@ -51,7 +92,7 @@ class PredictorCorrector(FixedStepSampler):
     """A predictor step to each level, then ``corrections`` Langevin steps at it.
 
     Costs ``steps * (1 + corrections)`` evaluations with a first-order predictor, and one for the
-    denoise.
+    denoise; with :class:`NoPredictor` the corrector does it alone.
 
     Reference: Song et al. 2021, algorithm 1.
 
@@ -113,29 +154,39 @@ class PredictorCorrector(FixedStepSampler):
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin(OneStepSampler):
+class NoPredictor(OneStepSampler):
+    """Goes to the next level without an evaluation: y = x / alpha stays as it is."""
+
+    stochastic: ClassVar[bool] = False
+
+    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+        return nxt.alpha / now.alpha * x
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin(FixedStepSampler):
     r"""Langevin dynamics at each noise level in turn, from the largest to the smallest, no
     predictor.
 
     In y = x / alpha, whose noise scale is rho, each level runs
     :math:`y \leftarrow y + a\, \nabla \log p(y) + \sqrt{2a}\, z` with
     :math:`a = \mathrm{step\_size}\, \rho^2`; between levels y stays. NCSN states the same step as
-    :math:`a_0 (\rho_i / \rho_L)^2`. As rho falls below the scale of the data the dynamics freeze,
-    which leaves the variance too large by about one part in inner_steps * step_size * (levels for
-    each
-    factor e of rho).
+    :math:`a_i / 2 = \epsilon \sigma_i^2 / 2 \sigma_L^2` at its L levels: with ``sde=ncsn`` and
+    L - 1 steps these are the levels, and :math:`\mathrm{step\_size} = \epsilon / 2 \sigma_L^2`. As
+    rho falls below the scale of the data the dynamics freeze, which leaves the variance too large
+    by about one part in inner_steps * step_size * (levels for each factor e of rho).
 
     Reference: Song and Ermon, Generative Modeling by Estimating Gradients of the Data
-    Distribution, 2019.
+    Distribution, 2019, algorithm 1.
 
     Args:
-        steps: Number of levels below t_max.
+        steps: Number of levels below t_max, which is one too.
         inner_steps: Langevin steps at each level.
         step_size: a in units of rho², in (0, 2): above that the dynamics diverge.
     """
 
     steps: int = 100
-    grid: Grid = field(default_factory=UniformLogSNR)
+    grid: Grid = UniformLogSNR()
     inner_steps: int = 10
     step_size: float = 0.2
     stochastic: ClassVar[bool] = True
@@ -147,14 +198,65 @@ class AnnealedLangevin(OneStepSampler):
         validation.real("AnnealedLangevin", "step_size", self.step_size, above=0, below=2)
 
     def plan(self, sde: SDE) -> Plan:
-        """For each level, one step that enters it and the others at it."""
-        moves: list[tuple[Step, int, int]] = []
+        """Langevin steps at t_max, and after each move to a less noisy level."""
+        at_level = partial(langevin_step, self.step_size)
+        moves: list[tuple[Step, int, int]] = [(at_level, 0, 0)] * self.inner_steps
         for i in range(self.steps):
-            moves += [(self.step, i, i + 1)]
-            moves += [(self.step, i + 1, i + 1)] * (self.inner_steps - 1)
+            moves += [(NoPredictor().step, i, i + 1)]
+            moves += [(at_level, i + 1, i + 1)] * self.inner_steps
         return Plan(self.levels(sde), moves)
 
-    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        x = nxt.alpha / now.alpha * x
-        size = self.step_size * nxt.sigma**2
-        return x + size * score(x, nxt.t) + torch.sqrt(2 * size) * noise()
+
+@dataclass(frozen=True)
+class Langevin(PlannedSampler):
+    r"""Langevin dynamics at one noise level, :math:`x \leftarrow x + a\, s + \sqrt{2a}\, z`.
+
+    Between modes that lie further apart than the noise reaches it hardly moves, which is why the
+    other samplers come down from large noise; where it mixes it needs no schedule. The start is
+    brought to the level with its size in units of :math:`\sqrt{\alpha^2 + \sigma^2}`.
+
+    Reference: Song and Ermon 2019, section 2.2.
+
+    Args:
+        steps: Langevin steps.
+        time: The level, in [t_min, t_max]; t_min if not given.
+        step_size: a in units of sigma², in (0, 2): above that the dynamics diverge. The larger the
+            further from the density that they leave invariant, by O(step_size).
+        denoise: Whether the end is E[x_0 | x] at the level, one more evaluation, or x there.
+    """
+
+    steps: int = 1000
+    time: float | None = None
+    step_size: float = 0.2
+    denoise: bool = True
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", validation.count("Langevin", "steps", self.steps))
+        validation.real("Langevin", "step_size", self.step_size, above=0, below=2)
+        validation.flag("Langevin", "denoise", self.denoise)
+        if self.time is not None:
+            validation.real("Langevin", "time", self.time, above=0)
+
+    def plan(self, sde: SDE) -> Plan:
+        """One move to the level, and the steps at it."""
+        time = sde.t_min if self.time is None else self.time
+        if not sde.t_min <= time <= sde.t_max:
+            raise ValueError(
+                f"Langevin needs its time between t_min={sde.t_min:g} and t_max={sde.t_max:g} of "
+                f"{type(sde).__name__}; got time={time:g}."
+            )
+        levels = sde.level(torch.tensor([sde.t_max, time], dtype=torch.float64))
+        steps = [(partial(langevin_step, self.step_size), 1, 1)] * self.steps
+        return Plan(levels, [(_resize, 0, 1), *steps])
+
+
+def langevin_step(
+    step_size: float, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise
+) -> Tensor:
+    """One step at level ``nxt``, of size ``step_size`` in units of sigma²."""
+    return langevin(x, score(x, nxt.t), noise(), step_size * nxt.sigma.square())
+
+
+def _resize(score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+    return torch.hypot(nxt.alpha, nxt.sigma) / torch.hypot(now.alpha, now.sigma) * x

@@ -64,21 +64,33 @@ class ReverseDiffusion(LinearSampler):
     The transition from the next level s up to t is :math:`N(a x, v)` with
     :math:`a = \alpha_t/\alpha_s` and :math:`v = \sigma_t^2 - a^2\sigma_s^2`, both exact, so that
 
-    .. math::  x \leftarrow (2 - a)\, x + v\, s(x, t) + \sqrt{v}\, z
+    .. math::  x \leftarrow (2 - a)\, x + \tfrac{1+\eta^2}{2} v\, s(x, t) + \eta \sqrt{v}\, z
 
     never takes the root of a negative number, whatever the step. First order (weakly), one
     evaluation a step.
 
     Reference: Song et al. 2021, appendix E, with the exact transition in place of its first-order
     form.
+
+    Args:
+        eta: Amount of fresh noise: 1 is the reverse SDE, 0 the probability flow.
     """
 
+    eta: float = 1.0
     order: ClassVar[int] = 1
-    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.real("ReverseDiffusion", "eta", self.eta, at_least=0)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise enters."""
+        return self.eta > 0
 
     def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
         a, v = nxt.transition(now)
-        return 2 - a, v, v.sqrt()
+        return 2 - a, 0.5 * (1 + self.eta**2) * v, self.eta * v.sqrt()
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,8 @@ class Ancestral(LinearSampler):
     .. math::  x_s = \alpha_s \hat x_0 + \sqrt{\sigma_s^2 - c^2}\, \hat\varepsilon + \sqrt v\, z,
                \qquad c = \eta\, \sigma_s \sqrt{1 - \left(\frac{\alpha_t \sigma_s}{\alpha_s
                \sigma_t}\right)^2}
+
+    (c for eta up to 1; :func:`sde_lib.reverse_variance.posterior` goes on beyond it.)
 
     First order, one evaluation a step. The variance v is a choice: c², which is exact at any
     number of steps when the data is one point (DDPM's small one, and at eta = 1 the
@@ -99,7 +113,8 @@ class Ancestral(LinearSampler):
     2021, eq. 12; Bao et al., Analytic-DPM, 2022, theorem 1; Popov et al. 2022, theorem 1.
 
     Args:
-        eta: Share of the posterior's standard deviation that is fresh noise, in [0, 1].
+        eta: Fresh noise, in units of the posterior's standard deviation: 0 is DDIM, 1 DDPM, more
+            is possible.
         variance: posterior, forward, or an object: what ``likelihood.calibrate_variance``
             returns, or a :class:`sde_lib.state_variance.StateVariance`. ``analytic`` stands for
             the one that mode=calibrate has stored, ``npr``, ``sn`` and ``learned`` for those of
@@ -121,7 +136,7 @@ class Ancestral(LinearSampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        validation.real(owner, "eta", self.eta, at_least=0, at_most=1)
+        validation.real(owner, "eta", self.eta, at_least=0)
         if self.last_std is not None:
             validation.real(owner, "last_std", self.last_std, at_least=0)
         check_data_variance(owner, self.data_variance)

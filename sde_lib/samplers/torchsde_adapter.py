@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import validation
+from sde_lib.brownian import BrownianPaths
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import ProbabilityFlow, Score, probability_flow
 from sde_lib.samplers.base import Sampler, SamplingError, denoise
@@ -95,7 +96,7 @@ class TorchSDE(Sampler):
             span,
             method=self.method,
             dt=1.0,
-            bm=_brownian(x, self.steps, generator, areas=self.method == "srk"),
+            bm=self._brownian(x, generator, noise_end, per_step),
         )
         if not bool(torch.isfinite(states[-1]).all()):
             raise SamplingError(
@@ -106,6 +107,26 @@ class TorchSDE(Sampler):
             yield t, x
         if self.denoise:
             yield sde.t_min, denoise(score, x, levels.rows()[-1].like(x))
+
+    def _brownian(self, x: Tensor, generator: Generator, start: float, per_step: float):  # noqa: ANN202
+        areas = self.method == "srk"
+        if isinstance(generator, BrownianPaths) and not areas:
+            return _OnPaths(generator, x, start, per_step)
+        return _brownian(x, self.steps, generator, areas=areas)
+
+
+class _OnPaths:
+    """The paths that all samplers follow, over elapsed steps of the clock."""
+
+    levy_area_approximation = "none"
+
+    def __init__(self, paths: BrownianPaths, x: Tensor, start: float, per_step: float) -> None:
+        self.paths, self.x, self.start, self.per_step = paths, x, start, per_step
+        self.shape, self.dtype, self.device = x.flatten(1).shape, x.dtype, x.device
+
+    def __call__(self, ta, tb=None, return_U=False, return_A=False):  # noqa: ANN001, ANN204, N803
+        begin, end = (self.start - float(t) * self.per_step for t in (ta, tb))
+        return self.paths.over(self.x, begin, end)().flatten(1) * float(tb - ta) ** 0.5
 
 
 class _ReverseProblem:

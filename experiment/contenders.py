@@ -1,0 +1,113 @@
+"""The samplers of a comparison: built by name, with the steps that a budget buys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from experiment.config import named
+from experiment.errors import RunError
+from experiment.run import Run
+from sde_lib import SDE, Counted, PerSample
+from sde_lib.oracles import Gaussian
+from sde_lib.samplers import Sampler
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One sampler at one price.
+
+    Args:
+        name: Of the choice.
+        asked: What was asked for, in words.
+        sampler: With the steps that this buys; None if it buys none.
+        refused: Why there is none.
+    """
+
+    name: str
+    asked: str
+    sampler: Sampler | None
+    refused: str = ""
+
+
+def contenders(run: Run, names: Sequence[str]) -> dict[str, Sampler]:
+    """The samplers of these names, in this order, each as its file in ``conf/sampler`` says.
+
+    All of them end at E[x_0 | x], so that their ends can be compared.
+
+    Raises:
+        RunError: For an unknown name, or one that comes twice.
+    """
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise RunError(
+            f"mode.samplers names {', '.join(twice)} more than once; each is compared once."
+        )
+    nodes = {name: named(run.conf, "sampler", name) for name in names}
+    denoised = {"denoise": True}
+    return {
+        name: run.instantiate(node | (denoised if "denoise" in node else {}))
+        for name, node in nodes.items()
+    }
+
+
+@torch.no_grad()
+def evaluations(sampler: Sampler, sde: SDE) -> int:
+    """Network evaluations of a trajectory, counted on one number and a score in closed form."""
+    score = Counted(Gaussian(torch.zeros(1), 1.0).score(sde))
+    states = sampler.trajectory(score, sde, torch.zeros(1, 1), generator=PerSample([0]))
+    for _ in states:
+        pass
+    return score.nfe
+
+
+def spending(sampler: Sampler, sde: SDE, most: int) -> Sampler:
+    """``sampler`` with as many steps as ``most`` evaluations buy, by counting and bisection.
+
+    A step may cost several evaluations, one at the least.
+
+    Raises:
+        ValueError: If one step costs more.
+    """
+
+    def cost(steps: int) -> int:
+        return evaluations(replace(sampler, steps=steps), sde)
+
+    if (least := cost(1)) > most:
+        raise ValueError(f"takes {least} evaluations at least")
+    fits, too_many = 1, most + 1
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if cost(middle) <= most else (fits, middle)
+    return replace(sampler, steps=fits)
+
+
+def trials(
+    name: str, sampler: Sampler, sde: SDE, nfe: Sequence[int], tolerances: Sequence[float]
+) -> list[Trial]:
+    """``sampler`` at each number of evaluations, or at each tolerance where it has no steps.
+
+    What two of them buy alike is tried once.
+    """
+    if hasattr(sampler, "steps"):
+        asked = {f"{n} evaluations": partial(spending, sampler, sde, n) for n in nfe}
+    else:
+        asked = {
+            f"tolerance {value:g}": partial(replace, sampler, rtol=value, atol=value)
+            for value in tolerances
+        }
+    found: dict[str, Trial] = {}
+    for trial in _made(name, asked):
+        found.setdefault(repr(trial.sampler or trial), trial)
+    return list(found.values())
+
+
+def _made(name: str, asked: dict[str, Callable[[], Sampler]]) -> Iterator[Trial]:
+    for words, make in asked.items():
+        try:
+            yield Trial(name, words, make())
+        except ValueError as error:
+            yield Trial(name, words, None, str(error))

@@ -141,7 +141,7 @@ def residuals(
     return x, earlier.alpha * x0 + kept * noise + variance.sqrt() * fresh - mean
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0, 1.5])
 def test_with_a_wrong_mean_the_residual_variance_is_still_right_and_the_second_moment_is_not(
     mixture, eta
 ):

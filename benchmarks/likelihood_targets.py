@@ -14,7 +14,7 @@ from experiment.config import check_targets
 from likelihood import FixedGrid, Hutchinson, Pilot, log_likelihood
 from likelihood.basis import cosines
 from score_models import ScoreModel
-from sde_lib import VPSDE, PerSample, ProbabilityFlow, probability_flow
+from sde_lib import SDE, VPSDE, PerSample, ProbabilityFlow, probability_flow
 from sde_lib.noise import randn
 from sde_lib.oracles import GaussianMixture, Oracle
 
@@ -43,6 +43,9 @@ class TurnedMixture(GaussianMixture):
         log_joint, deviation, variance = self._components(x, alpha, sigma)
         pull = log_joint.softmax(1).unsqueeze(-1) * self.turn(deviation / variance, True)
         return -pull.sum(1).reshape(x.shape)
+
+    def noise_variance(self, sde: SDE) -> Callable[[Tensor, Tensor], Tensor]:
+        raise ValueError("the variances of a TurnedMixture are along its axes, not coordinates.")
 
     def _sample(self, n: int, generator: torch.Generator) -> Tensor:
         noise = randn((n, 1, self.means.shape[1]), generator, dtype=torch.float64)

@@ -100,7 +100,7 @@ def estimate(
     centres = isinstance(units, TruncatedNormalDequantization)
     encode = units.encode if centres else data.units.encode  # as in training
     train = encode(data.train[:CALIBRATION], stream(seed, "calibrate", 0)).to(device)
-    times = _levels(flow, data, steps)
+    times = bound_times(flow, data, steps)
     analytic = calibrate_variance(
         flow,
         train,
@@ -149,7 +149,7 @@ def estimate(
     return _estimates(found, data, ode, steps)
 
 
-def _levels(flow: ProbabilityFlow, data: Dataset, steps: int) -> Tensor:
+def bound_times(flow: ProbabilityFlow, data: Dataset, steps: int) -> Tensor:
     """T + 1 times, even in log(sigma/alpha), from noise of half a bin on for K-level data.
 
     A finer level would spend bits on where in its bin a point lies, which no decoder asks for.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +14,10 @@ from torch import Tensor
 from experiment.checkpoint import write_atomically
 from experiment.errors import RunError
 from experiment.progress import say
+from experiment.variance_heads import kept_head
 from score_models import ScoreModel
 from sde_lib.grids import FittedGrid
-from sde_lib.reverse_variance import AnalyticVariance
+from sde_lib.reverse_variance import VARIANCES, AnalyticVariance, ReverseVariance
 from sde_lib.samplers import Sampler
 from sde_lib.samplers.flow_adams import RULES, Fit
 
@@ -25,7 +25,13 @@ Found = TypeVar("Found")
 
 
 def fitted(
-    sampler: Sampler, model: ScoreModel, like: Tensor, *, checkpoint: Path, folder: Path
+    sampler: Sampler,
+    model: ScoreModel,
+    like: Tensor,
+    *,
+    checkpoint: Path,
+    folder: Path,
+    drawn_by: ScoreModel | None = None,
 ) -> Sampler:
     """``sampler`` with what it wants to know of ``model``: as it was found before for the same
     weights, or else found now and kept.
@@ -36,25 +42,22 @@ def fitted(
         like: A tensor [B, ...] like those to be sampled.
         checkpoint: Its digest names what is kept.
         folder: Where that is kept.
+        drawn_by: The same weights as they will sample, in half precision or compiled: a variance
+            head goes on its features. ``model`` if not given.
 
     Raises:
-        RunError: If it wants the analytic variance and mode=calibrate has not run.
+        RunError: If it wants a variance and the mode that finds it has not run.
     """
-    if hasattr(sampler, "predictor"):
-        inner = fitted(sampler.predictor, model, like, checkpoint=checkpoint, folder=folder)
-        return replace(sampler, predictor=inner)
-    if getattr(sampler, "variance", None) == "analytic":
-        weights = _digest(checkpoint)
-        variance = _read(_path("variance", weights, folder), weights, _variance)
-        if variance is None:
-            raise RunError(
-                f"{type(sampler).__name__} with variance=analytic needs that of {checkpoint}; run "
-                "`python run.py mode=calibrate` with the same choices first."
-            )
-        return replace(sampler, variance=variance)
+    if sampler.wanted:
+        return sampler.given(
+            {
+                name: _variance_of(name, sampler, drawn_by or model, checkpoint, folder)
+                for name in sampler.wanted
+            }
+        )
     if getattr(sampler, "grid", sampler) is not None:
         return sampler.fitted(model.score, model.sde, like)
-    weights = _digest(checkpoint)
+    weights = digest_of(checkpoint)
     kept = _path(f"grid-{sampler.steps:02d}" if sampler.tries else "grid", weights, folder)
     fit = _read(kept, weights, _fit)
     if fit is None:
@@ -72,9 +75,31 @@ def _fit(content: dict[str, Any]) -> Fit:
     return Fit(grid, content["rule"])
 
 
+def _variance_of(
+    name: str, sampler: Sampler, model: ScoreModel, checkpoint: Path, folder: Path
+) -> ReverseVariance:
+    """The variance of this name as it was found before."""
+    if name == "analytic":
+        variance = kept_variance(checkpoint, folder)
+    else:
+        variance = kept_head(name, digest_of(checkpoint), folder, model)
+    if variance is None:
+        raise RunError(
+            f"{type(sampler).__name__} with variance={name} needs that of {checkpoint}; run "
+            f"`python run.py {VARIANCES[name].mode}` with the same choices first."
+        )
+    return variance
+
+
+def kept_variance(checkpoint: Path, folder: Path) -> AnalyticVariance | None:
+    """The analytic variance of the weights of ``checkpoint``, if mode=calibrate has run."""
+    weights = digest_of(checkpoint)
+    return _read(_path("variance", weights, folder), weights, _variance)
+
+
 def keep_variance(variance: AnalyticVariance, checkpoint: Path, folder: Path) -> Path:
     """Write ``variance``, found for the weights of ``checkpoint``, and return where."""
-    weights = _digest(checkpoint)
+    weights = digest_of(checkpoint)
     path = _path("variance", weights, folder)
     columns = {"clock": variance.clock.tolist(), "unresolved": variance.unresolved.tolist()}
     _write(path, weights, decoder_std=variance.decoder_std, **columns)
@@ -88,7 +113,8 @@ def _variance(content: dict[str, Any]) -> AnalyticVariance:
     return AnalyticVariance(clock, unresolved, float(content["decoder_std"]))
 
 
-def _digest(checkpoint: Path) -> str:
+def digest_of(checkpoint: Path) -> str:
+    """What tells the weights of ``checkpoint`` from others."""
     with checkpoint.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

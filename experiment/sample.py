@@ -74,11 +74,12 @@ def sample(
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
     like, asked_for = torch.zeros(1, *data.shape, device=run.device()), repr(sampler)
+    quick, place = faster(model, precision=precision, compile=compile), run.path / "fitted"
     sampler = first_alone(
-        lambda: fitted(sampler, model, like, checkpoint=path, folder=run.path / "fitted")
+        lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
     )
     sampler = Captured(sampler) if cuda_graph else sampler
-    model = faster(model, precision=precision, compile=compile)
+    model = quick
 
     def drawn(rows: range) -> Drawn:
         score = Counted(model.score)

@@ -37,6 +37,7 @@ from experiment.training import Batches, State, Training, fit
 from likelihood import Dequantization
 from score_models import ScoreModel
 from sde_lib import validation
+from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler, SamplingError
 
 
@@ -66,10 +67,10 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     objective = run.build("objective")
     model = _seeded(run)
     sampler.check(model.sde)
-    if getattr(sampler, "variance", None) == "analytic":
+    for name in sorted(sampler.wanted):
         raise RunError(
-            "variance=analytic is measured on a trained model; train with another sampler, then "
-            "run mode=calibrate and mode=sample with this one."
+            f"variance={name} is found out about a trained model; train with another sampler, "
+            f"then run {VARIANCES[name].mode} and mode=sample with this one."
         )
     state = State.fresh(model, settings)
     tracker = Safe(run.build("tracking"))

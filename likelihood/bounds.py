@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,7 +197,8 @@ def discrete_bound(
         steps: T, even in log(sigma/alpha) from t_min to t_max; give this or ``times``.
         times: Increasing times in [t_min, t_max], [T + 1].
         variance: Of the reverse steps: "posterior", "forward", or an object such as the one that
-            :func:`calibrate_variance` returns.
+            :func:`calibrate_variance` returns; with one that depends on the state, v is that of
+            each coordinate.
         decoder: The last factor, at the first of the times.
         repeats: Whole passes over the levels, averaged; two or more tell the standard error.
         generator: Source of noise; a ``PerSample`` makes it independent of the batch.
@@ -243,26 +245,30 @@ def discrete_bounds(
     }
     levels = _levels(flow.sde, _times("discrete_bound", flow.sde, steps, times), x)
     score = Counted(flow.score)
-    passes = [_squares(score, x, levels, decoder, generator) for _ in range(repeats)]
-    return {
-        name: _discrete(flow.sde, x, levels, variance, passes, score.nfe)
-        for name, variance in reverse.items()
-    }
+    passes = [_pass(score, x, levels, reverse, decoder, generator) for _ in range(repeats)]
+    prior = _prior_term(flow.sde, x, levels.rows()[-1])
+    return {name: _discrete(name, passes, prior, levels, x, score.nfe) for name in reverse}
+
+
+class _Pass(NamedTuple):
+    """One noise sample a level: squared errors [T + 1, B] from the noisiest level down, the cost
+    of the steps [T, B] by variance, and the decoder term [B]."""
+
+    squares: Tensor
+    steps: dict[str, Tensor]
+    decoder_term: Tensor
 
 
 def _discrete(
-    sde: SDE,
-    x: Tensor,
-    levels: Level,
-    variance: ReverseVariance,
-    passes: list[tuple[Tensor, Tensor]],
-    nfe: int,
+    name: str, passes: list[_Pass], prior: Tensor, levels: Level, x: Tensor, nfe: int
 ) -> DiscreteBound:
-    """The bound under one variance from the errors of all ``passes``."""
-    terms = torch.stack([_terms(sde, x, levels, variance, *one) for one in passes])
+    """The bound under one variance from all ``passes``."""
+    terms = torch.stack(
+        [torch.cat([prior[None], one.steps[name], one.decoder_term[None]]) for one in passes]
+    )
     cost = terms.sum(1)  # [repeats, B]
     check_finite("discrete_bound", cost.mean(0))
-    squares = torch.stack([squares for squares, _ in passes]).mean(0) / x[0].numel()
+    squares = torch.stack([one.squares for one in passes]).mean(0) / x[0].numel()
     return DiscreteBound(
         -cost.mean(0),
         variance_of_mean(cost).sqrt(),
@@ -332,8 +338,14 @@ def noise_error(score: Score, x: Tensor, level: Level, noise: Tensor) -> Tensor:
         level: Float64 scalars [] or [B].
         noise: Standard normal, like ``x``, float64.
     """
+    return noise - noise_estimate(score, x, level, noise)[1]
+
+
+def noise_estimate(score: Score, x: Tensor, level: Level, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The state alpha x + sigma eps as the score saw it, and its eps_hat there, float64."""
     state = expand_like(level.alpha, x) * x.double() + expand_like(level.sigma, x) * noise
-    return noise - level.noise(score(state.to(x.dtype), level.t).double())
+    state = state.to(x.dtype)
+    return state, level.noise(score(state, level.t).double())
 
 
 def _rate(
@@ -360,35 +372,33 @@ def _last(
     return error.square().flatten(1).sum(1), -decoder.log_prob(x.double(), x0_hat, level)
 
 
-def _squares(
-    score: Score, x: Tensor, levels: Level, decoder: Decoder, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """Squared noise errors [T + 1, B] from the noisiest level down, and the decoder term [B]."""
-    first, *others = levels.rows()
-    squares = []
-    for level in reversed(others):
-        noise = randn_like(x, generator).double()
-        squares.append(noise_error(score, x, level, noise).square().flatten(1).sum(1))
-    square, decoder_term = _last(score, x, first, decoder, generator)
-    return torch.stack([*squares, square]), decoder_term
-
-
-def _terms(
-    sde: SDE,
+def _pass(
+    score: Score,
     x: Tensor,
     levels: Level,
-    variance: ReverseVariance,
-    squares: Tensor,
-    decoder_term: Tensor,
-) -> Tensor:
-    """All costs [T + 2, B] of one pass, from its ``squares`` [T + 1, B]; ``levels`` increase."""
+    reverse: Mapping[str, ReverseVariance],
+    decoder: Decoder,
+    generator: Generator,
+) -> _Pass:
+    """From the noisiest level down; ``levels`` increase."""
     falling = [field.flip(0) for field in levels]
     later, earlier = Level(*(f[:-1] for f in falling)), Level(*(f[1:] for f in falling))
     exact, pull = posterior(earlier, later)
-    distance = (pull * later.noise_ratio).square()[:, None] * squares[:-1]
-    steps = gaussian_kl(exact[:, None], variance(earlier, later)[:, None], distance, x[0].numel())
-    prior = _prior_term(sde, x, levels.rows()[-1])
-    return torch.cat([prior[None], steps, decoder_term[None]])
+    factor = (pull * later.noise_ratio).square()
+    at = {name: variance.at_states(earlier, later) for name, variance in reverse.items()}
+    squares, steps = [], {name: [] for name in reverse}
+    for i, level in enumerate(later.rows()):
+        noise = randn_like(x, generator).double()
+        state, eps_hat = noise_estimate(score, x, level, noise)
+        square = (noise - eps_hat).square()
+        squares.append(square.flatten(1).sum(1))
+        for name, variances in at.items():
+            v = variances[i](state, level, eps_hat)
+            cost = gaussian_kl(exact[i], v, factor[i] * square, 1)
+            steps[name].append(cost.flatten(1).sum(1))
+    square, decoder_term = _last(score, x, levels.rows()[0], decoder, generator)
+    costs = {name: torch.stack(rows) for name, rows in steps.items()}
+    return _Pass(torch.stack([*squares, square]), costs, decoder_term)
 
 
 def gaussian_kl(variance: Tensor, other: Tensor, distance: Tensor, num_dims: int) -> Tensor:
@@ -396,6 +406,8 @@ def gaussian_kl(variance: Tensor, other: Tensor, distance: Tensor, num_dims: int
 
     .. math::  \tfrac D2 \left(\tfrac{v}{v'} - 1 - \log\tfrac{v}{v'}\right) +
                \frac{\|m - m'\|^2}{2 v'}
+
+    With D = 1 and one distance for each coordinate, that of each coordinate: v' may differ then.
 
     Args:
         variance: v.

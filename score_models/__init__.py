@@ -12,6 +12,7 @@ from score_models.objective import (
 )
 from score_models.parameterization import EDM, Data, Noise, Parameterization, Score, Velocity
 from score_models.times import ImportanceTimes, LogNormalSigma, TimeSampler, UniformTimes
+from score_models.variance_head import VarianceHead
 
 __all__ = [
     "EDM",
@@ -27,6 +28,7 @@ __all__ = [
     "ScoreModel",
     "TimeSampler",
     "UniformTimes",
+    "VarianceHead",
     "Velocity",
     "faster",
     "maximum_likelihood",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from score_models.features import Features
 from score_models.parameterization import Parameterization
 from sde_lib.sde import SDE, expand_like
 
@@ -25,6 +26,7 @@ class ScoreModel(nn.Module):
         self.network = network
         self.sde = sde
         self.parameterization = parameterization
+        self._features: Features | None = None
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Noise estimate E[eps | x_t], see :meth:`noise`."""
@@ -46,6 +48,31 @@ class ScoreModel(nn.Module):
         skip, out = (expand_like(c.to(x.dtype), x) for c in (p.skip(rho), p.out(rho)))
         return skip * y + out * raw
 
+    def keep_features(self) -> None:
+        """From now on keep the features of the latest evaluation, see :meth:`features`.
+
+        Raises:
+            ValueError: If the network does not say what its last layer is.
+        """
+        if self._features is None:
+            self._features = Features(self.network)
+
+    @torch.no_grad()
+    def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
+        """What enters the last layer of the network at ``x`` [B, ...] and ``t`` [] or [B].
+
+        Right after any other method has evaluated the same two tensors this costs nothing, else
+        one more pass. Not for gradients: what is built on the features leaves the network as it
+        is.
+
+        Raises:
+            ValueError: If the network does not say what its last layer is.
+        """
+        self.keep_features()
+        if not self._features.are_of(x, t):
+            self._evaluate(x, t, cond)
+        return self._features.latest
+
     def _noise_and_sigma(self, x: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         y, rho, sigma, raw = self._evaluate(x, t, cond)
         p = self.parameterization
@@ -58,6 +85,7 @@ class ScoreModel(nn.Module):
         self, x: Tensor, t: Tensor, cond: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """y = x / alpha, rho and sigma (float64, [B]), and what the network makes of them."""
+        asked = t
         t = torch.as_tensor(t, dtype=torch.float64, device=x.device)
         t = t.expand(len(x)) if t.ndim == 0 else t
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
@@ -70,4 +98,6 @@ class ScoreModel(nn.Module):
                 f"{type(self.network).__name__} must return the shape of its input; "
                 f"got {tuple(raw.shape)} for {tuple(x.shape)}."
             )
+        if self._features is not None:
+            self._features.note(x, asked)
         return y, rho, sigma, raw

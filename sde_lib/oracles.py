@@ -191,6 +191,26 @@ class GaussianMixture(Oracle):
         responsibility = log_joint.softmax(1).unsqueeze(-1)
         return -(responsibility * deviation / variance).sum(1).reshape(x.shape)
 
+    def noise_variance(self, sde: SDE) -> Callable[[Tensor, Tensor], Tensor]:
+        r"""The exact :math:`\mathrm{Var}[\varepsilon | x_t]` by coordinate, (x [B, ...], t) ->
+        [B, ...].
+
+        By component the noise is normal with mean :math:`\sigma (x_t - \alpha m) / v` and variance
+        :math:`\alpha^2 s^2 / v`, where :math:`v = \alpha^2 s^2 + \sigma^2`; the variance of the
+        mixture is the mean of these and the spread of the means.
+        """
+
+        def variance(x: Tensor, t: Tensor) -> Tensor:
+            alpha, sigma = self._scales(x, sde, t)
+            log_joint, deviation, total = self._components(x, alpha, sigma)
+            responsibility = log_joint.softmax(1).unsqueeze(-1)
+            mean = sigma.unsqueeze(-1) * deviation / total
+            spread = (mean - (responsibility * mean).sum(1, keepdim=True)).square()
+            within = alpha.unsqueeze(-1) ** 2 * self.variances.to(x) / total
+            return (responsibility * (within + spread)).sum(1).reshape(x.shape)
+
+        return variance
+
     def _sample(self, n: int, generator: Generator) -> Tensor:
         noise = randn((n, self.means.shape[1]), generator)
         cumulative = self.log_weights.exp().cumsum(0)

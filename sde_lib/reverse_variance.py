@@ -3,31 +3,124 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from sde_lib import validation
 from sde_lib.sde import Level
+
+AtState = Callable[[Tensor, Level, Tensor], Tensor]
 
 
 class ReverseVariance(ABC):
-    """The variance v of one reverse step N(mean, v I) from a level to a less noisy one.
+    """The variance v of one reverse step N(mean, v) from a level to a less noisy one.
 
     The mean is that of q(x_s | x_t, x_0) at the denoised data, for an amount ``eta`` of fresh
-    noise: 1 is DDPM's posterior, 0 DDIM.
+    noise: 1 is DDPM's posterior, 0 DDIM. One number a step is a :class:`ScalarVariance`, one
+    for each coordinate of each state a :class:`sde_lib.state_variance.StateVariance`.
+
+    Attributes:
+        of_state: Whether v depends on the state; else a step is a table of numbers.
+        wanted: Name of what has to be found out about a model before there is a v; None if
+            nothing has.
     """
+
+    of_state: ClassVar[bool] = False
+    wanted: str | None = None
+
+    @abstractmethod
+    def at_states(self, earlier: Level, later: Level, eta: float = 1.0) -> list[AtState]:
+        """For each of N steps from ``later`` (noisier) to ``earlier``, fields [N], the function
+        (x [B, ...], level, eps_hat [B, ...]) -> v, [] or like x; ``level`` is the noisier one."""
+
+    def check(self, owner: str, eta: float) -> None:  # noqa: B027
+        """Refuse an amount of fresh noise that this variance is not for."""
+
+    def limited(self, owner: str, data_variance: float) -> ReverseVariance:
+        r"""This variance, what it takes to be open of a coordinate of x_0 cut off at
+        ``data_variance``.
+
+        Given x_t a bounded coordinate of x_0 has a variance of at most a quarter of its range
+        squared, 1 for data in [-1, 1], whatever was estimated.
+
+        Raises:
+            ValueError: If it takes nothing to be open.
+        """
+        raise ValueError(
+            f"{owner} has data_variance={data_variance:g} to limit the part of a variance that is "
+            f"there because x_0 is open, and {type(self).__name__} has no such part; leave it "
+            "out, or use variance=analytic, npr or sn."
+        )
+
+
+class ScalarVariance(ReverseVariance):
+    """One v for all coordinates and states of a step."""
 
     @abstractmethod
     def __call__(self, earlier: Level, later: Level, eta: float = 1.0) -> Tensor:
         """v of the steps from ``later`` (noisier) to ``earlier``, in the shape of their fields."""
 
-    def check(self, owner: str, eta: float) -> None:  # noqa: B027
-        """Refuse an amount of fresh noise that this variance is not for."""
+    def at_states(self, earlier: Level, later: Level, eta: float = 1.0) -> list[AtState]:
+        """The same v at every state."""
+        return [partial(_same, v) for v in self(earlier, later, eta).unbind()]
+
+
+def _same(v: Tensor, x: Tensor, level: Level, eps_hat: Tensor) -> Tensor:
+    return v
 
 
 @dataclass(frozen=True)
-class PosteriorVariance(ReverseVariance):
+class Wanted(ReverseVariance):
+    """A variance that has to be found out about a model first; until then it has no value.
+
+    Args:
+        name: Which one.
+        mode: What finds it on the command line.
+        only_eta: The one amount of fresh noise that it is for; None: any.
+    """
+
+    name: str
+    mode: str
+    only_eta: float | None = None
+    of_state: ClassVar[bool] = True  # it may turn out to be
+
+    @property
+    def wanted(self) -> str:
+        """Its name."""
+        return self.name
+
+    def check(self, owner: str, eta: float) -> None:
+        """The one amount of fresh noise that it is for."""
+        if self.only_eta not in (None, eta):
+            raise ValueError(
+                f"{owner} has the {self.name} variance for eta={self.only_eta:g} alone; got "
+                f"eta={eta:g}. Use variance=analytic, npr or sn, which suit any eta."
+            )
+
+    def limited(self, owner: str, data_variance: float) -> ReverseVariance:
+        """Itself: what is found has to say."""
+        return self
+
+    def at_states(self, earlier: Level, later: Level, eta: float = 1.0) -> list[AtState]:
+        """Refused.
+
+        Raises:
+            ValueError: Saying what finds it.
+        """
+        raise ValueError(
+            f"variance={self.name} has to be found out about a model first: on the command line "
+            f"by {self.mode}, in a program by calibrate_variance(flow, x, steps=...) or a "
+            "trained VarianceHead; pass the object."
+        )
+
+
+@dataclass(frozen=True)
+class PosteriorVariance(ScalarVariance):
     r"""DDPM's small variance :math:`\tilde\beta`, that of x_s given x_t and x_0; times eta².
 
     The best one if the data is a single point, and the least that any data can ask for. It is
@@ -39,7 +132,7 @@ class PosteriorVariance(ReverseVariance):
 
 
 @dataclass(frozen=True)
-class ForwardVariance(ReverseVariance):
+class ForwardVariance(ScalarVariance):
     r"""DDPM's large variance, that of the forward transition in :math:`z = x / \sqrt{\alpha^2 +
     \sigma^2}`.
 
@@ -64,7 +157,7 @@ class ForwardVariance(ReverseVariance):
 
 
 @dataclass(frozen=True)
-class AnalyticVariance(ReverseVariance):
+class AnalyticVariance(ScalarVariance):
     r"""The isotropic variance with the best bound; :func:`calibrate_variance` makes one.
 
     .. math::  v = \tilde\beta + c^2 \varrho_t^2\, \mathrm{unresolved}_t,
@@ -83,11 +176,14 @@ class AnalyticVariance(ReverseVariance):
         clock: u = log(sigma/alpha), increasing, [N].
         unresolved: Mean squared noise error per dimension at these, >= 0, [N].
         decoder_std: Best standard deviation of a density decoder at the first, model units.
+        data_variance: Largest variance of a coordinate of x_0, model units squared, see
+            :meth:`limited`; no limit if not given.
     """
 
     clock: Tensor = field(repr=False)
     unresolved: Tensor = field(repr=False)
     decoder_std: float
+    data_variance: float | None = None
 
     def __post_init__(self) -> None:
         fits = self.clock.ndim == 1 and self.clock.shape == self.unresolved.shape
@@ -98,13 +194,20 @@ class AnalyticVariance(ReverseVariance):
             )
         if not bool((torch.isfinite(self.unresolved) & (self.unresolved >= 0)).all()):
             raise ValueError("AnalyticVariance needs unresolved to be finite and >= 0.")
+        check_data_variance("AnalyticVariance", self.data_variance)
 
     def __call__(self, earlier: Level, later: Level, eta: float = 1.0) -> Tensor:
         variance, pull = posterior(earlier, later, eta)
-        share = self._unresolved_at(later.noise_ratio.log())
-        return variance + (pull * later.noise_ratio).square() * share
+        ratio = later.noise_ratio
+        of_data = ratio.square() * self.unresolved_at(ratio.log())
+        return variance + pull.square() * at_most(of_data, self.data_variance)
 
-    def _unresolved_at(self, u: Tensor) -> Tensor:
+    def limited(self, owner: str, data_variance: float) -> Self:
+        """The same with this ``data_variance``."""
+        return replace(self, data_variance=data_variance)
+
+    def unresolved_at(self, u: Tensor) -> Tensor:
+        """Mean squared noise error per dimension at clocks ``u`` [...], in their shape."""
         clock, values = self.clock.to(u), self.unresolved.to(u)
         cell = (torch.searchsorted(clock, u.contiguous()) - 1).clamp(0, len(clock) - 2)
         part = (u - clock[cell]) / (clock[cell + 1] - clock[cell])
@@ -114,7 +217,22 @@ class AnalyticVariance(ReverseVariance):
 VARIANCES: dict[str, ReverseVariance] = {
     "posterior": PosteriorVariance(),
     "forward": ForwardVariance(),
+    "analytic": Wanted("analytic", "mode=calibrate"),
+    "npr": Wanted("npr", "mode=train_variance mode.kind=npr"),
+    "sn": Wanted("sn", "mode=train_variance mode.kind=sn"),
+    "learned": Wanted("learned", "mode=train_variance mode.kind=learned", only_eta=1.0),
 }
+
+
+def at_most(of_data: Tensor, data_variance: float | None) -> Tensor:
+    """The variance of x_0 cut off at ``data_variance``, if there is a limit."""
+    return of_data if data_variance is None else of_data.clamp(max=data_variance)
+
+
+def check_data_variance(owner: str, data_variance: float | None) -> None:
+    """Refuse a limit that is no variance."""
+    if data_variance is not None:
+        validation.real(owner, "data_variance", data_variance, above=0)
 
 
 def posterior(earlier: Level, later: Level, eta: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -155,7 +273,6 @@ def named_variance(owner: str, variance: ReverseVariance | str) -> ReverseVarian
     if not isinstance(variance, str) or variance not in VARIANCES:
         raise ValueError(
             f"{owner} needs variance to be one of {', '.join(sorted(VARIANCES))} or an "
-            f"object; got variance={variance!r}. The analytic one comes from "
-            "calibrate_variance(flow, x, steps=...), on the command line from mode=calibrate."
+            f"object; got variance={variance!r}."
         )
     return VARIANCES[variance]

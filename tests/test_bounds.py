@@ -449,7 +449,7 @@ def test_what_cannot_be_bounded_is_refused_with_a_remedy(seeded):
         (lambda: discrete_bound(flow, x, times=falling), "flip them"),
         (lambda: discrete_bound(flow, x, times=torch.tensor([0.5])), "at least two"),
         (lambda: discrete_bound(flow, x, times=torch.tensor([0.5, 2.0])), "within"),
-        (lambda: discrete_bound(flow, x, steps=3, variance="small"), "forward, posterior"),
+        (lambda: discrete_bound(flow, x, steps=3, variance="small"), "forward, .*posterior"),
         (lambda: discrete_bound(flow, x, steps=3, variance="analytic"), "calibrate_variance"),
         (lambda: discrete_bound(flow, x, steps=3, repeats=0), "repeats"),
         (lambda: discrete_bound(flow, x + 9, steps=3, decoder=bins), "within its bins"),

@@ -424,6 +424,9 @@ def test_three_runs_started_in_the_same_second_get_three_directories(tmp_path, s
         (["training.lr=nan"], ["lr=nan", "> 0"]),
         (["training.lr=0"], ["lr=0", "> 0"]),
         (["training.steps=1.5"], ["steps", "whole number", "1.5"]),
+        (["sampler=npr_ddpm"], ["variance=npr", "mode=train_variance mode.kind=npr"]),
+        (["sampler=analytic_optimal"], ["variance=analytic", "mode=calibrate"]),
+        (["mode=train_variance", "mode.kind=nrp"], ["one of learned, npr, sn", "'nrp'"]),
         (["sde.beta_min=30"], ["0 < beta_min < beta_max", "30"]),
         (["sde=ve", "sde.sigma_min=0"], ["sigma_min", "> 0"]),
         (["sde.t_min=2"], ["t_min < t_max", "2"]),
@@ -781,3 +784,26 @@ def test_samplers_are_compared_in_table_record_figure_and_page(trained, tmp_path
 
     uncalibrated = run(*asked, "mode.samplers=[analytic_ddpm]", cwd=folder)
     refused(uncalibrated, "variance=analytic", "mode=calibrate")
+
+
+def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):
+    folder, _ = trained
+    (checkpoint,) = list(the_run(folder).glob("checkpoints/step-00000006.pt"))
+    place = [f"checkpoint='{checkpoint}'", f"run.root={tmp_path}", "run.name=headed"]
+    few = ["mode=sample", "sampler=npr_ddim", "sampler.steps=3", "mode.num_samples=2"]
+    refused(run(*few, *place, cwd=folder), "variance=npr", "mode=train_variance mode.kind=npr")
+    sizes = [f"mode.{size}" for size in ("steps=3", "batch_size=8", "width=4", "num_test=3")]
+    learn = ["mode=train_variance", *sizes, *place]
+    result = run("mode=calibrate", "mode.num_samples=20", "mode.levels=5", *place, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    result = run(*learn, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "npr less analytic" in result.stdout and "K = 100" in result.stdout
+    (kept,) = (tmp_path / "headed/fitted").glob("head-npr-*.pt")
+    before = kept.read_bytes()
+    again = run(*learn, cwd=folder)
+    assert "already there" in again.stdout and "npr less analytic" in again.stdout
+    assert kept.read_bytes() == before
+    result = run(*few, *place, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    assert "4 evaluations each" in result.stdout

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from matplotlib.figure import Figure
-from test_conf import GROUPS, STD, compose, exact_model
+from test_conf import GROUPS, KNOWN, STD, compose, exact_model
 from torch.testing import assert_close
 
 import run as entry
@@ -70,13 +70,10 @@ def by_steps(choice):
     return "steps" in named(entry.CONF, "sampler", choice)
 
 
-# that of analytic variance waits for a calibration and costs what ancestral and ddim cost
-@pytest.mark.parametrize(
-    "choice", [c for c in GROUPS["sampler"] if by_steps(c) and "analytic" not in c]
-)
+@pytest.mark.parametrize("choice", filter(by_steps, GROUPS["sampler"]))
 def test_steps_are_the_most_that_the_evaluations_buy(choice):
     sampler = entry.instantiate(named(entry.CONF, "sampler", choice))
-    sampler = sampler.fitted(exact_model(SDE).score, SDE, torch.zeros(1, 3))
+    sampler = sampler.given(KNOWN).fitted(exact_model(SDE).score, SDE, torch.zeros(1, 3))
 
     def spent(steps):
         score = Counted(exact_model(SDE).score)

@@ -146,7 +146,7 @@ def test_the_last_step_has_no_more_noise_than_allowed(mixture: GaussianMixture) 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Ancestral(variance="beta"), "forward, posterior .*got variance='beta'"),
+        (lambda: Ancestral(variance="beta"), "forward, .*posterior, .*got variance='beta'"),
         (lambda: Ancestral(eta=0.5, variance="forward"), "forward variance for eta=1 alone"),
         (lambda: DDIM(variance="forward"), "forward variance for eta=1 alone"),
         (lambda: Ancestral(last_std=-1.0), "last_std to be a finite number >= 0"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -97,6 +97,15 @@ class Sampler(ABC):
         """Order at which the error falls with the number of steps, of a deterministic sampler;
         None where it has none."""
         return None if getattr(self, "stochastic", True) else getattr(self, "order", None)
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Names of what has to be found out about a model before there is a trajectory."""
+        return frozenset()
+
+    def given(self, found: Mapping[str, Any]) -> Sampler:
+        """This sampler with what it :attr:`wanted`, by name."""
+        return self
 
     def fitted(self, score: Score, sde: SDE, like: Tensor) -> Sampler:
         """This sampler with what it wants to know of a model beforehand, found out: itself, for
@@ -261,6 +270,22 @@ class FixedStepSampler(PlannedSampler):
                 f"grid={self.grid!r}."
             )
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """What the grid wants."""
+        return frozenset({getattr(self.grid, "wanted", None)} - {None})
+
+    def given(self, found: Mapping[str, Any]) -> FixedStepSampler:
+        """This sampler with the grid that it wanted."""
+        name = getattr(self.grid, "wanted", None)
+        return self if name is None else replace(self, grid=self.grid.given(found[name]))
+
+    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
+        """Lay out the plan once: a grid that does not fit the process says so. What depends on
+        a model is laid out when that is there."""
+        if not self.wanted:
+            self.plan(sde)
+
     def levels(self, sde: SDE) -> Level:
         """The levels of the grid, [steps + 1] float64."""
         return remembered(_levels, self.grid, sde, self.steps)
@@ -312,9 +337,15 @@ class LinearSampler(OneStepSampler):
         """a, b and c of the steps from ``now`` to the less noisy ``nxt``, in the shape of their
         fields."""
 
+    def moves(self, now: Level, nxt: Level) -> list[Step]:
+        """The steps from each of the levels ``now``, fields [N], to the same row of ``nxt``."""
+        columns = (torch.as_tensor(c).expand(len(now.t)) for c in self.coefficients(now, nxt))
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        return [partial(affine, *row) for row in rows]
+
     def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
-        a, b, c = (float(value) for value in self.coefficients(now, nxt))
-        return _affine(a, b, c, score, x, now, nxt, noise)
+        (move,) = self.moves(*(Level(*(c.reshape(1) for c in end)) for end in (now, nxt)))
+        return move(score, x, now, nxt, noise)
 
     def plan(self, sde: SDE) -> Plan:
         """The steps as three numbers each, unless a subclass has a step of its own."""
@@ -322,14 +353,14 @@ class LinearSampler(OneStepSampler):
             return super().plan(sde)
         levels = self.levels(sde)
         now, nxt = (Level(*(c[part] for c in levels)) for part in (slice(0, -1), slice(1, None)))
-        columns = (torch.as_tensor(c).expand(self.steps) for c in self.coefficients(now, nxt))
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return Plan(levels, [(partial(_affine, *row), i, i + 1) for i, row in enumerate(rows)])
+        moves = self.moves(now, nxt)
+        return Plan(levels, [(move, i, i + 1) for i, move in enumerate(moves)])
 
 
-def _affine(
+def affine(
     a: float, b: float, c: float, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise
 ) -> Tensor:
+    """The step a x + b s(x, t) + c z; without c no noise is drawn."""
     moved = torch.add(x * a, score(x, now.t), alpha=b)
     return moved.add_(noise(), alpha=c) if c else moved
 

@@ -102,7 +102,7 @@ class FlowAdams(Multistep):
 
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
         """A fitted grid always fits."""
-        self._somewhere().plan(sde)
+        super(FlowAdams, self._somewhere()).check(sde, dtype)
 
     def _somewhere(self) -> FlowAdams:
         return self if self.grid is not None else replace(self, grid=UniformLogSNR())

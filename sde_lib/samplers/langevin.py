@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -130,8 +131,17 @@ class PredictorCorrector(FixedStepSampler):
         """Whether fresh noise enters."""
         return self.corrections > 0 or self.predictor.stochastic
 
+    @property
+    def wanted(self) -> frozenset[str]:
+        """What the grid and the predictor want."""
+        return super().wanted | self.predictor.wanted
+
+    def given(self, found: Mapping[str, Any]) -> PredictorCorrector:
+        """This sampler with a predictor and a grid that have what they wanted."""
+        return replace(super().given(found), predictor=self.predictor.given(found))
+
     def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
-        """What the predictor refuses."""
+        """What the predictor refuses, once there is all that it wants."""
         self._on_its_grid().check(sde, dtype)
 
     def _on_its_grid(self) -> FixedStepSampler:

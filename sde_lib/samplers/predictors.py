@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sde_lib import validation
-from sde_lib.reverse_variance import ReverseVariance, named_variance, posterior
-from sde_lib.samplers.base import LinearSampler
+from sde_lib.reverse import Score
+from sde_lib.reverse_variance import (
+    AtState,
+    ReverseVariance,
+    check_data_variance,
+    named_variance,
+    posterior,
+)
+from sde_lib.samplers.base import LinearSampler, Noise, Plan, Step, affine
 from sde_lib.sde import SDE, Level
 
 
@@ -96,7 +106,8 @@ class Ancestral(LinearSampler):
     First order, one evaluation a step. The variance v is a choice: c², which is exact at any
     number of steps when the data is one point (DDPM's small one, and at eta = 1 the
     maximum-likelihood SDE solver); DDPM's large one; or the best for this model (Analytic-DPM and
-    Analytic-DDIM), which adds to c² what is left open of x_0. Fewer steps, more to gain.
+    Analytic-DDIM), which adds to c² what is left open of x_0, on average or in each coordinate of
+    the state at hand (NPR-DPM, SN-DPM). Fewer steps, more to gain.
 
     Reference: Ho et al. 2020, eq. 7; Song, Meng and Ermon, Denoising Diffusion Implicit Models,
     2021, eq. 12; Bao et al., Analytic-DPM, 2022, theorem 1; Popov et al. 2022, theorem 1.
@@ -104,15 +115,22 @@ class Ancestral(LinearSampler):
     Args:
         eta: Fresh noise, in units of the posterior's standard deviation: 0 is DDIM, 1 DDPM, more
             is possible.
-        variance: posterior, forward, or what ``likelihood.calibrate_variance`` returns;
-            ``analytic`` stands for the one that mode=calibrate has stored.
+        variance: posterior, forward, or an object: what ``likelihood.calibrate_variance``
+            returns, or a :class:`sde_lib.state_variance.StateVariance`. ``analytic`` stands for
+            the one that mode=calibrate has stored, ``npr``, ``sn`` and ``learned`` for those of
+            mode=train_variance.
         last_std: Largest standard deviation of the noise of the last step of a trajectory, in
-            units of the model, which nothing takes off again; no limit if not given.
+            units of the model, which nothing takes off again; no limit if not given. A
+            :meth:`step` by itself is any step, and not limited.
+        data_variance: Largest variance of a coordinate of x_0, in units of the model squared,
+            that a step may take to be open; Analytic-DPM has 1 for data in [-1, 1]. No limit if
+            not given.
     """
 
     eta: float = 1.0
     variance: ReverseVariance | str = "posterior"
     last_std: float | None = None
+    data_variance: float | None = None
     order: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -121,27 +139,77 @@ class Ancestral(LinearSampler):
         validation.real(owner, "eta", self.eta, at_least=0)
         if self.last_std is not None:
             validation.real(owner, "last_std", self.last_std, at_least=0)
-        if self.variance != "analytic":
-            named_variance(owner, self.variance).check(owner, self.eta)
+        check_data_variance(owner, self.data_variance)
+        self._reverse().check(owner, self.eta)
 
     @property
     def stochastic(self) -> bool:
         """Whether fresh noise enters."""
         return self.eta > 0 or self.variance != "posterior"
 
-    def check(self, sde: SDE, dtype: torch.dtype = torch.float32) -> None:
-        """The grid; the analytic variance is asked for when a model is there."""
-        if self.variance != "analytic":
-            self.plan(sde)
+    @property
+    def wanted(self) -> frozenset[str]:
+        """What the grid and the variance want."""
+        return super().wanted | ({self._reverse().wanted} - {None})
+
+    def given(self, found: Mapping[str, Any]) -> Ancestral:
+        """This sampler with the grid and the variance that it wanted."""
+        name, sampler = self._reverse().wanted, super().given(found)
+        return sampler if name is None else replace(sampler, variance=found[name])
 
     def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
-        variance = named_variance(type(self).__name__, self.variance)
+        a, b = self._mean(now, nxt)
+        return a, b, self._reverse()(nxt, now, self.eta).sqrt()
+
+    def moves(self, now: Level, nxt: Level, most: float = math.inf) -> list[Step]:
+        """The steps from ``now`` to ``nxt``, their noise of a standard deviation of ``most`` at
+        most."""
+        reverse = self._reverse()
+        if reverse.of_state:
+            columns = (column.tolist() for column in self._mean(now, nxt))
+            rows = zip(*columns, reverse.at_states(nxt, now, self.eta), strict=True)
+            return [partial(_spread, most, *row) for row in rows]
+        rows = zip(*(column.tolist() for column in self.coefficients(now, nxt)), strict=True)
+        return [partial(affine, a, b, min(c, most)) for a, b, c in rows]
+
+    def plan(self, sde: SDE) -> Plan:
+        """The steps, the noise of the last one limited."""
+        plan = super().plan(sde)
+        if self.last_std is not None and type(self).step is LinearSampler.step:
+            rows = (Level(*(c[part] for c in plan.levels)) for part in (slice(-2, -1), [-1]))
+            (move,) = self.moves(*rows, most=self.last_std)
+            plan.moves[-1] = (move, *plan.moves[-1][1:])
+        return plan
+
+    def _mean(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor]:
+        """Factors of the state and of the score in the mean."""
         fresh, pull = posterior(nxt, now, self.eta)
         old = torch.sqrt(nxt.sigma**2 - fresh) / now.sigma
-        std = variance(nxt, now, self.eta).sqrt()
-        if self.last_std is not None and std.ndim:
-            std = torch.cat([std[:-1], std[-1:].clamp(max=self.last_std)])
-        return pull / now.alpha + old, pull * now.sigma**2 / now.alpha, std
+        return pull / now.alpha + old, pull * now.sigma**2 / now.alpha
+
+    def _reverse(self) -> ReverseVariance:
+        owner = type(self).__name__
+        reverse = named_variance(owner, self.variance)
+        return (
+            reverse if self.data_variance is None else reverse.limited(owner, self.data_variance)
+        )
+
+
+def _spread(
+    most: float,
+    a: float,
+    b: float,
+    variance: AtState,
+    score: Score,
+    x: Tensor,
+    now: Level,
+    nxt: Level,
+    noise: Noise,
+) -> Tensor:
+    """A step whose noise has a variance of its own in each coordinate; one evaluation."""
+    s = score(x, now.t)
+    std = variance(x, now, now.noise(s)).sqrt().clamp(max=most)
+    return torch.add(x * a, s, alpha=b).addcmul_(std, noise())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""mode=train_variance: a second head on a frozen model, for the variance of a reverse step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from experiment.data import Dataset
+from experiment.estimators import bound_times
+from experiment.fitted import digest_of, keep_variance, kept_variance
+from experiment.progress import progress, say
+from experiment.run import Run
+from experiment.seeds import sample_streams, stream
+from experiment.settings import UNITS, per_nat
+from experiment.shards import alone
+from experiment.training import Batches
+from experiment.variance_heads import (
+    HeadSettings,
+    head_path,
+    keep_head,
+    new_head,
+    read_head,
+    variance_of_head,
+)
+from likelihood import calibrate_variance, discrete_bounds
+from score_models import ScoreModel
+from score_models.variance_head import VarianceHead
+from score_models.variance_kinds import head_loss
+from sde_lib import probability_flow, validation
+from sde_lib.reverse_variance import AnalyticVariance, ReverseVariance
+
+WRITE_EVERY = 250  # iterations that a kill may cost
+WARMUP = 50
+STEP_COUNTS = (10, 25, 50, 100)
+
+
+def train_variance(
+    run: Run,
+    *,
+    kind: str = "npr",
+    steps: int = 1500,
+    batch_size: int = 128,
+    lr: float = 2e-3,
+    width: int = 32,
+    blocks: int = 2,
+    grid_steps: int | None = None,
+    num_test: int = 256,
+    fresh: bool = False,
+) -> None:
+    """Train a variance head on the newest checkpoint, or on ``checkpoint=PATH``, and say what it
+    gains in the bound of held-out data.
+
+    Kept in ``fitted/`` of the run by the digest of the weights, where ``sampler=npr_ddpm`` and
+    its like find it. The same command goes on with a training that was cut short, and does
+    nothing where it is finished.
+
+    Args:
+        run: The composed configuration; model and process are those stored with the checkpoint.
+        kind: npr, sn or learned.
+        steps: See :class:`HeadSettings`, as for the next five.
+        batch_size: At most the size of the training set.
+        lr: Learning rate.
+        width: Channels.
+        blocks: Residual blocks.
+        grid_steps: Of kind=learned.
+        num_test: Test samples that the gain is measured on.
+        fresh: Whether to train anew in the place of one that is there.
+    """
+    alone("train_variance")
+    settings = HeadSettings(kind, steps, batch_size, lr, width, blocks, grid_steps)
+    num_test = validation.count("mode=train_variance", "num_test", num_test, at_least=2)
+    validation.flag("mode=train_variance", "fresh", fresh)
+    data: Dataset = run.build("data")
+    Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
+    run, model, checkpoint, _ = run.trained()
+    weights, folder = digest_of(checkpoint), run.path / "fitted"
+    path = head_path(kind, weights, folder)
+    begun = None if fresh else read_head(path, weights)
+    if begun is not None and begun.get("finished"):
+        say(f"already there: {path} ({begun['settings']}); mode.fresh=true trains it anew.")
+        say("\n".join(begun["gains"]))
+        return
+    analytic = _analytic(run, model, data, checkpoint, folder)
+    training = _Training(run, model, data, settings, analytic, path, weights)
+    head = training.fit(begun)
+    variance = variance_of_head(model, head, settings, analytic)
+    lines = gains(run, model, data, {"analytic": analytic, kind: variance}, num_test)
+    keep_head(path, weights, settings, analytic, head, finished=True, gains=lines)
+    say("\n".join(lines))
+    say(f"{kind} variance of {checkpoint.name}: {path}")
+
+
+def _analytic(
+    run: Run, model: ScoreModel, data: Dataset, checkpoint: Path, folder: Path
+) -> AnalyticVariance:
+    """The isotropic variance that mode=calibrate has stored, or else measured and stored now."""
+    kept = kept_variance(checkpoint, folder)
+    if kept is not None:
+        return kept
+    say("measuring the analytic variance, from which a head starts")
+    train = data.units.encode(data.train[:1000], stream(run.seed, "calibrate", 0))
+    found = calibrate_variance(
+        probability_flow(model.sde, model.score),
+        train.to(run.device()),
+        steps=99,
+        generator=stream(run.seed, "calibrate", 1),
+    )
+    keep_variance(found, checkpoint, folder)
+    return kept_variance(checkpoint, folder)  # from the file, so that both ways give the same
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training of a head: a function of (seed, iteration), so that it can be cut anywhere."""
+
+    run: Run
+    model: ScoreModel
+    data: Dataset
+    settings: HeadSettings
+    analytic: AnalyticVariance
+    path: Path
+    weights: str
+
+    def fit(self, begun: Mapping[str, object] | None) -> VarianceHead:
+        """The head after all iterations, from where an earlier one of the same settings stopped.
+
+        It is written every 250 iterations.
+        """
+        torch.manual_seed(self.run.seed)
+        head = new_head(self.model, self.data.shape, self.settings)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=self.settings.lr, weight_decay=0.0)
+        first = self._resume(begun, head, optimizer)
+        batches = Batches(len(self.data.train), self.settings.batch_size, self.run.seed)
+        lost = []
+        for iteration in progress(range(first, self.settings.steps), "variance head"):
+            lost.append(self._iteration(head, optimizer, batches(iteration), iteration))
+            done = iteration + 1
+            if done % max(1, self.settings.steps // 10) == 0:
+                say(f"iteration {done}: loss {torch.stack(lost).mean():.4f} nats a coordinate")
+                lost = []
+            if done % WRITE_EVERY == 0:
+                self._write(head, optimizer, done)
+        return head
+
+    def _iteration(
+        self, head: VarianceHead, optimizer: torch.optim.Optimizer, rows: Tensor, iteration: int
+    ) -> Tensor:
+        """One update on the samples ``rows``; the loss, on the device."""
+        settings = self.settings
+        generator = stream(self.run.seed, f"variance {settings.kind}", iteration)
+        x0 = self.data.units.encode(self.data.train[rows], generator).to(self.run.device())
+        loss = head_loss(settings.meaning(self.analytic), self.model, head, x0, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(head.parameters()), 1.0)
+        falling = 0.5 * (1 + math.cos(math.pi * iteration / settings.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1.0, (iteration + 1) / WARMUP) * falling
+        optimizer.step()
+        return loss.detach()
+
+    def _write(self, head: VarianceHead, optimizer: torch.optim.Optimizer, iteration: int) -> None:
+        more = {"finished": False, "iteration": iteration, "optimizer": optimizer.state_dict()}
+        keep_head(self.path, self.weights, self.settings, self.analytic, head, **more)
+
+    def _resume(
+        self,
+        begun: Mapping[str, object] | None,
+        head: VarianceHead,
+        optimizer: torch.optim.Optimizer,
+    ) -> int:
+        """The iteration to go on from; other settings, another analytic variance: from 0."""
+        if begun is None:
+            return 0
+        same = HeadSettings(**begun["settings"]) == self.settings
+        if not same or not torch.equal(begun["analytic"]["unresolved"], self.analytic.unresolved):
+            say(f"{self.path} was begun with other choices ({begun['settings']}); from the start")
+            return 0
+        head.load_state_dict(begun["head"])
+        optimizer.load_state_dict(begun["optimizer"])
+        say(f"going on from iteration {begun['iteration']} of {self.path}")
+        return begun["iteration"]
+
+
+@torch.no_grad()
+def gains(
+    run: Run,
+    model: ScoreModel,
+    data: Dataset,
+    variances: Mapping[str, ReverseVariance],
+    num_test: int,
+) -> list[str]:
+    """What the steps of a model cost on test data under DDPM's two variances and ``variances``,
+    as lines: the sum of their KL terms, with standard errors; the last against ``analytic``."""
+    metric = per_nat(data)
+    values = data.test[:num_test]
+    x = data.units.encode(values, stream(run.seed, "variance test", 0)).to(run.device())
+    flow = probability_flow(model.sde, model.score)
+    reverse = {"posterior": "posterior", "forward": "forward", **variances}
+    lines = [f"cost of the steps, {UNITS[data.units.metric]}, of {len(x)} test samples:"]
+    for steps in STEP_COUNTS:
+        times, found = bound_times(flow, data, steps), {name: [] for name in reverse}
+        for start in range(0, len(x), 128):
+            some = x[start : start + 128]
+            streams = sample_streams(
+                run.seed, f"variance vlb {steps}", range(start, start + len(some)), x.device
+            )
+            bounds = discrete_bounds(flow, some, reverse, times=times, generator=streams)
+            for name, bound in bounds.items():
+                found[name].append(bound.terms[1:-1].sum(0).cpu() * metric)
+        costs = {name: torch.cat(parts) for name, parts in found.items()}
+        lines.append(f"  K = {steps:<4}" + "  ".join(f"{n} {_mean(c)}" for n, c in costs.items()))
+        last = list(costs)[-1]
+        lines[-1] += f"  {last} less analytic {_mean(costs[last] - costs['analytic'])}"
+    return lines
+
+
+def _mean(values: Tensor) -> str:
+    return f"{float(values.mean()):.4f} ± {float(values.std()) / len(values) ** 0.5:.4f}"

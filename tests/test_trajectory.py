@@ -1,0 +1,130 @@
+"""The best levels for a number of steps: against brute force, and in the bound itself."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from experiment.errors import RunError
+from experiment.fitted import fitted, keep_variance
+from likelihood import calibrate_variance, discrete_bound
+from sde_lib import VPSDE, DiscreteSDE, probability_flow
+from sde_lib.grids import Karras, Subsequence, UniformLogSNR, UniformTime
+from sde_lib.oracles import GaussianMixture
+from sde_lib.reverse_variance import AnalyticVariance, PosteriorVariance
+from sde_lib.samplers import Ancestral, Heun, PredictorCorrector
+from sde_lib.trajectory import OptimalTrajectory, optimal_trajectory, step_costs
+
+
+def bumpy() -> AnalyticVariance:
+    """A share of noise that falls along the clock, unevenly."""
+    u = torch.linspace(-9, 6, 60, dtype=torch.float64)
+    return AnalyticVariance(u, torch.sigmoid(-2 * u) * (1 + 0.5 * torch.sin(3 * u)), 1.0)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_the_way_is_that_of_brute_force(any_sde, steps):
+    levels = any_sde.level(UniformLogSNR()(any_sde, 8 - 1))
+    costs = step_costs(bumpy(), levels)
+
+    def cost(way):
+        return sum(float(costs[i, j]) for i, j in itertools.pairwise(way))
+
+    ways = [(0, *inner, 7) for inner in itertools.combinations(range(1, 7), steps - 1)]
+    found = optimal_trajectory(costs, steps).tolist()
+    assert found in [list(way) for way in ways]
+    assert cost(found) == pytest.approx(min(map(cost, ways)), rel=1e-12)
+
+
+def test_costs_are_half_the_log_of_the_variances_and_infinite_upwards():
+    sde = VPSDE()
+    rows = sde.level(UniformLogSNR()(sde, 5)).rows()
+    costs = step_costs(bumpy(), sde.level(UniformLogSNR()(sde, 5)))
+    for i, j in itertools.product(range(6), repeat=2):
+        if i < j:
+            v, low = (q(rows[j], rows[i]) for q in (bumpy(), PosteriorVariance()))
+            assert_close(costs[i, j], 0.5 * (v / low).log())
+        else:
+            assert float(costs[i, j]) == math.inf
+
+
+def test_as_many_steps_as_levels_are_all_of_them(any_sde):
+    grid = OptimalTrajectory(30, UniformLogSNR(), bumpy())
+    assert_close(grid(any_sde, 30), UniformLogSNR()(any_sde, 30), rtol=0, atol=0)
+
+
+def test_levels_of_a_discrete_model_are_chosen_among_its_own():
+    sde = DiscreteSDE.linear_betas()
+    grid = OptimalTrajectory(50, Subsequence(), bumpy())
+    assert set(grid(sde, 7).tolist()) <= set(Subsequence()(sde, 50).tolist())
+
+
+def test_the_bound_is_no_worse_than_on_even_grids_at_any_step_count(mixture, seeded):
+    sde, n = VPSDE(), 1000
+    flow = probability_flow(sde, mixture.score(sde))
+    train, x = (mixture.sample(n, generator=seeded(k)).double() for k in (0, 1))
+    analytic = calibrate_variance(flow, train, steps=200, generator=seeded(2))
+    for steps in (3, 5, 10, 20, 50):
+        best, *others = (
+            discrete_bound(
+                flow,
+                x,
+                times=grid(sde, steps).flip(0),
+                variance=analytic,
+                generator=seeded(3),
+            ).log_prob
+            for grid in (
+                OptimalTrajectory(200, variance=analytic),
+                UniformTime(),
+                UniformLogSNR(),
+                Karras(),
+            )
+        )
+        for other in others:
+            gain = best - other
+            # the calibration misses each share by 5 sqrt(2 / n / 2), a choice by its square
+            missed = steps * (5 / math.sqrt(n)) ** 2
+            assert float(gain.mean()) > -5 * float(gain.std()) / math.sqrt(n) - missed
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: OptimalTrajectory(0), "levels to be a whole number >= 1"),
+        (lambda: OptimalTrajectory()(VPSDE(), 3), "mode=calibrate"),
+        (lambda: OptimalTrajectory(5, variance=bumpy())(VPSDE(), 6), "pick 6 steps out of 5"),
+    ],
+)
+def test_impossible_trajectories_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda grid: Ancestral(9, grid=grid, variance="analytic"),
+        lambda grid: Heun(9, grid=grid),
+        lambda grid: PredictorCorrector(9, grid=grid),
+    ],
+    ids=["ancestral", "heun", "corrected"],
+)
+def test_the_grid_of_any_sampler_is_of_the_model(make, mixture: GaussianMixture, tmp_path):
+    sde, checkpoint = VPSDE(), tmp_path / "step.pt"
+    checkpoint.write_bytes(b"weights")
+    asked = make(OptimalTrajectory(40))
+    asked.check(sde)
+    where = {"like": torch.zeros(1, 2), "checkpoint": checkpoint, "folder": tmp_path}
+    model = SimpleNamespace(score=mixture.score(sde), sde=sde)
+    with pytest.raises(RunError, match="mode=calibrate"):
+        fitted(asked, model, **where)
+    keep_variance(bumpy(), checkpoint, tmp_path)
+    ready = fitted(asked, model, **where)
+    assert_close(ready.levels(sde).t, OptimalTrajectory(40, variance=bumpy())(sde, 9))
+    assert ready.wanted == frozenset()
+    ready(mixture.score(sde), sde, torch.zeros(2, 2), generator=torch.Generator().manual_seed(0))

@@ -61,8 +61,6 @@ STOCHASTIC = {
     "reverse_diffusion": ReverseDiffusion,
     "ancestral": Ancestral,
     "ancestral_half": partial(Ancestral, eta=0.5),
-    "ancestral_beyond": partial(Ancestral, eta=1.2, grid=UniformLogSNR()),
-    "reverse_diffusion_half": partial(ReverseDiffusion, eta=0.5),
     "heun_churn": partial(Heun, churn=20.0),
     "deis_half": partial(DEIS, eta=0.5, order=2),
     "sde_dpmpp_2m": partial(DPMSolverPP, eta=1.0),
@@ -91,6 +89,15 @@ def of(samplers: dict[str, Make], name: str = "make") -> pytest.MarkDecorator:
 @of({k: m for k, m in (FLOW | STOCHASTIC).items() if k != "euler"})
 def test_every_sampler_conforms_on_every_process(make: Make, sde: SDE) -> None:
     check_sampler(make, sde, steps=100, bias=0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(Ancestral, eta=1.5), partial(ReverseDiffusion, eta=0.5)],
+    ids=["ancestral_beyond", "reverse_diffusion_half"],
+)
+def test_any_amount_of_fresh_noise_conforms_on_every_process(make: Make, sde: SDE) -> None:
+    check_sampler(partial(make, grid=UniformLogSNR()), sde, steps=400, bias=0.1)  # of first order
 
 
 def test_euler_on_the_flow_conforms_on_every_process(sde: SDE) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,22 +68,34 @@ def evaluations(sampler: Sampler, sde: SDE) -> int:
 def spending(sampler: Sampler, sde: SDE, most: int) -> Sampler:
     """``sampler`` with as many steps as ``most`` evaluations buy, by counting and bisection.
 
-    A step may cost several evaluations, one at the least.
+    A step costs one evaluation at the least, and more of them cost more; numbers of steps that
+    the sampler or its grid refuses are passed over.
 
     Raises:
-        ValueError: If one step costs more.
+        ValueError: If no number of steps fits.
     """
-
-    def cost(steps: int) -> int:
-        return evaluations(replace(sampler, steps=steps), sde)
-
-    if (least := cost(1)) > most:
-        raise ValueError(f"takes {least} evaluations at least")
-    fits, too_many = 1, most + 1
+    fits, too_many = 0, most + 1
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if cost(middle) <= most else (fits, middle)
-    return replace(sampler, steps=fits)
+        cost = _cost(sampler, sde, middle)[0]
+        fits, too_many = (middle, too_many) if cost <= most else (fits, middle)
+    for steps in range(fits + 1, most + 1):  # what lies beyond a refused number
+        cost, why = _cost(sampler, sde, steps)
+        if not why and cost > most:
+            break
+        fits = fits if why else steps
+    if fits:
+        return replace(sampler, steps=fits)
+    cost, why = _cost(sampler, sde, 1)
+    raise ValueError(why or f"takes {cost} evaluations at least")
+
+
+def _cost(sampler: Sampler, sde: SDE, steps: int) -> tuple[float, str]:
+    """Evaluations of so many steps; infinitely many, and why, if there cannot be so many."""
+    try:
+        return evaluations(replace(sampler, steps=steps), sde), ""
+    except ValueError as error:
+        return math.inf, str(error)
 
 
 def trials(

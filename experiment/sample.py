@@ -24,7 +24,7 @@ from experiment.seeds import sample_paths
 from experiment.shards import first_alone, gathered, halving, rank, share
 from experiment.trackers import NoTracker, Safe
 from score_models import ScoreModel, faster
-from score_models.faster import PRECISIONS
+from score_models.acceleration import PRECISIONS
 from sde_lib import Counted, PerSample, validation
 from sde_lib.samplers import Captured, Sampler, check_samples
 

@@ -1,6 +1,6 @@
 """What turns a network into a score, and the loss that trains it."""
 
-from score_models.faster import Autocast, faster
+from score_models.acceleration import Autocast, faster
 from score_models.model import ScoreModel
 from score_models.objective import (
     EDMWeight,

@@ -108,7 +108,7 @@ def median_bandwidths(reference: Tensor, most: int = 1000) -> tuple[float, ...]:
     """
     points = _flat("median_bandwidths", reference[:most])
     rows, columns = torch.triu_indices(len(points), len(points), 1, device=points.device)
-    median = float(torch.cdist(points, points)[rows, columns].median())
+    median = float(_distances(points, points)[rows, columns].median())
     if not median > 0:
         raise ValueError(
             "median_bandwidths needs samples that differ; the median distance between those "

@@ -27,10 +27,19 @@ from experiment.errors import RunError
 from experiment.run import Run
 from experiment.sample import draw
 from experiment.seeds import sample_paths
-from sde_lib import VESDE, VPSDE, Counted
+from sde_lib import VESDE, VPSDE, Counted, DiscreteSDE
 from sde_lib.distances import energy_distance, median_bandwidths
+from sde_lib.grids import Subsequence
 from sde_lib.oracles import Gaussian
-from sde_lib.samplers import DDIM, AdaptiveODE, Ancestral, FlowAdams, Heun, OneStepSampler
+from sde_lib.samplers import (
+    DDIM,
+    AdaptiveODE,
+    Ancestral,
+    DPMSolver,
+    FlowAdams,
+    Heun,
+    OneStepSampler,
+)
 
 SDE = VPSDE(t_min=1e-3)
 ASKED = Asked(["heun"], [10], [1e-3], 60, 25, 16, 100)
@@ -158,6 +167,14 @@ def test_an_endpoint_error_is_the_distance_from_the_reference_and_falls_at_the_o
     errors = [row["endpoint_error"]["value"] for row in rows]
     assert errors[0] == pytest.approx(by_hand, rel=1e-6)
     assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.3)
+
+
+def test_numbers_of_steps_that_are_refused_are_passed_over():
+    few = DiscreteSDE.linear_betas(num_levels=20)
+    assert spending(DDIM(grid=Subsequence(), denoise=False), few, 40).steps == 19
+    assert spending(DPMSolver(3, lower_order_final=False), VPSDE(), 11).steps == 9
+    with pytest.raises(ValueError, match="multiple of the order 3"):
+        spending(DPMSolver(3, lower_order_final=False), VPSDE(), 2)
 
 
 def test_only_what_is_deterministic_has_an_endpoint_error(bench):

@@ -125,6 +125,19 @@ def test_a_faster_model_shares_the_weights_and_leaves_the_other_as_it_is(
     assert type(model.network) is MLP
 
 
+def test_a_faster_model_keeps_its_class_and_every_mode() -> None:
+    class Mine(ScoreModel):
+        extra = 3
+
+    mine = Mine(MLP((2,), width=8, blocks=1), VPSDE(), EDM(0.5)).train()
+    mine.network.eval()
+
+    half = faster(mine, precision="bfloat16")
+
+    assert type(half) is Mine and half.extra == 3
+    assert half.training and not half.network.training and not mine.network.training
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler here")
 def test_a_compiled_network_gives_the_same_samples(model: ScoreModel) -> None:
     compiled = faster(model, compile=True)

@@ -201,7 +201,7 @@ class PerSampleSampler(Sampler):
         target = torch.maximum(clock - size, noise.known(rows).clamp(min=data_end))
         low, high, scale = attempt(rows, clock, target)
         error = self._error(low, high, front.compared[rows.to(low.device)], scale)
-        error = error.cpu()  # the one wait for the device of a round: how far to go depends on it
+        error = error.cpu()  # waits for the device: how far to go depends on it
         self._refuse_nan(attempt, error, clock, target)
         factor = self.safety * error.clamp(min=1e-300) ** -self.exponent
         factor = factor.clamp(max=self.growth)

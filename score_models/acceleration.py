@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -51,6 +53,9 @@ def faster(model: ScoreModel, *, precision: str = "float32", compile: bool = Fal
     network, dtype = model.network, PRECISIONS[precision]
     if dtype is not None:
         network = Autocast(network, dtype)
+        network.training = model.network.training  # its own alone: parts may have other modes
     if compile:
         network = torch.compile(network)
-    return ScoreModel(network, model.sde, model.parameterization).train(model.training)
+    made = copy(model)  # of its own class, with what a subclass has added
+    made._modules, made._features = {**model._modules, "network": network}, None
+    return made

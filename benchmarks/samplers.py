@@ -35,7 +35,7 @@ from benchmarks.likelihood_targets import MIXTURES, NETWORKS, network  # noqa: E
 from benchmarks.sampler_peers import DETERMINISTIC, STOCHASTIC  # noqa: E402
 from score_models import EDM, ScoreModel  # noqa: E402
 from score_models.networks import UNet  # noqa: E402
-from sde_lib import SDE, VPSDE, Counted  # noqa: E402
+from sde_lib import SDE, VPSDE, BrownianPaths, Counted, PerSample  # noqa: E402
 from sde_lib.distances import Estimate, sliced_wasserstein  # noqa: E402
 from sde_lib.grids import Grid, Karras, UniformLogSNR, UniformTime  # noqa: E402
 from sde_lib.oracles import Oracle  # noqa: E402
@@ -173,6 +173,12 @@ def overhead(rounds: int = 25, evaluations: int = 50) -> None:
     for who, sampler in ours.items():
         made = with_steps(sampler, evaluations)
         calls[who] = lambda m=made: m(score, sde, x)
+    noisy = with_steps(DPMSolverPP(eta=1.0), evaluations)
+    sources = {"fresh": PerSample, "on paths": BrownianPaths}
+    for label, source in sources.items():
+        name = f"DPM-Solver++ 2M, eta 1, noise {label}"
+        ours[name] = noisy
+        calls[name] = lambda s=source: noisy(score, sde, x, generator=s(range(4)))
     calls["bare network"] = lambda: [score(x, times[0]) for _ in range(evaluations)]
     spent: dict[str, list[float]] = {}
     for _ in range(rounds):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sde_lib.noise import PerSample, randn_like
-from sde_lib.philox import normal
+from sde_lib.philox import WORD, Philox, normal
 
 DEPTH = 20  # most halvings of a unit of the clock
 SHARP = 1024  # parts of the shortest step that ends of steps are rounded to
@@ -50,13 +50,13 @@ class BrownianPaths(PerSample):
         super().__init__(seeds, device, temperature=temperature)
         digests = [hashlib.sha256(f"path {seed}".encode()).digest() for seed in self.seeds]
         words = [[int.from_bytes(d[i : i + 4], "big") for d in digests] for i in (0, 4)]
-        self.keys = tuple(torch.tensor(word).to(self.device)[:, None] for word in words)
+        self.source = Philox(tuple(torch.tensor(word).to(self.device)[:, None] for word in words))
         self._latest: tuple[int, torch.Size, Tensor] | None = None  # where the last step ended
 
     def select(self, rows: Sequence[int]) -> BrownianPaths:
         """The paths and streams of some rows of the batch."""
         view = super().select(rows)
-        view.keys = tuple(key[list(rows)] for key in self.keys)
+        view.source = self.source.select(list(rows))
         view._latest = None
         return view
 
@@ -109,9 +109,9 @@ class BrownianPaths(PerSample):
         """One standard normal number [nodes, B * ...] for each node, float32."""
         size = x[0].numel()
         level, index, unit = _on(x.device, torch.tensor(nodes)).mT[:, :, None, None]
-        key = tuple(word.to(x.device) for word in self.keys)
-        counter = torch.arange(-(-size // 4), device=x.device), index, level, unit & 0xFFFFFFFF
-        return normal(counter, key).flatten(2)[..., :size].flatten(1)
+        blocks = torch.arange(-(-size // 4), device=x.device).expand(len(x), -1)
+        counter = blocks, index, level, unit & WORD
+        return normal(counter, self.source).flatten(2)[..., :size].flatten(1)
 
 
 Node = tuple[int, int, int]  # halvings, which interval of them, and unit of the clock

@@ -42,7 +42,10 @@ def calibrate(run: Run, *, num_samples: int = 2000, levels: int = 100) -> None:
     )
     kept = keep_variance(variance, path, folder)
     say(f"analytic variance of {path.name} on {len(train)} training samples: {kept}")
-    say("log(sigma/alpha), share of the noise that the model cannot tell:")
+    say(
+        "log(sigma/alpha), mean squared error of the noise estimate (1: it tells nothing of the "
+        "noise; above: it is worse than no guess):"
+    )
     for i in range(0, levels, max(1, (levels - 1) // 10)):
         say(f"  {float(variance.clock[i]):7.2f}  {float(variance.unresolved[i]):.4f}")
     like = torch.zeros(1, *data.shape, device=device)

@@ -202,7 +202,7 @@ def named(folder: Path, group: str, name: str) -> dict[str, Any]:
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         listed = [*close, *(choice for choice in known if choice not in close)]
-        raise RunError(f"unknown {group} {name!r}; choose of {', '.join(listed)}.")
+        raise RunError(f"unknown {group} {name!r}; choose one of {', '.join(listed)}.")
     path = folder / group / f"{name}.yaml"
     node = yaml.load(path.read_text(encoding="utf-8"), Loader)
     check_targets(node, str(path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sde_lib.noise import PerSample
 from sde_lib.reverse import ProbabilityFlow
 from sde_lib.samplers.base import SamplingError
 
@@ -49,19 +48,6 @@ def check_flow(owner: str, flow: object) -> None:
         ValueError: Saying how to make one.
     """
     check_kind(owner, "flow", flow, ProbabilityFlow, "probability_flow(sde, score)")
-
-
-def check_generator(owner: str, generator: object) -> None:
-    """Refuse what numbers cannot be drawn from.
-
-    Raises:
-        ValueError: Saying what can.
-    """
-    if not (generator is None or isinstance(generator, torch.Generator | PerSample)):
-        raise ValueError(
-            f"{owner} needs generator to be a torch.Generator, a PerSample or None; got "
-            f"{generator!r}. torch.Generator().manual_seed(0) makes one."
-        )
 
 
 def check_finite(

@@ -7,11 +7,11 @@ import time
 import torch
 from torch import Tensor
 
-from likelihood.checked import check_batch, check_finite, check_flow, check_generator, check_kind
+from likelihood.checked import check_batch, check_finite, check_flow, check_kind
 from likelihood.divergence import Divergence, suited
 from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid, Path, Solver
-from sde_lib.noise import Generator
+from sde_lib.noise import Generator, check_generator
 from sde_lib.reverse import ProbabilityFlow
 from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level

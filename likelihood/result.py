@@ -56,6 +56,20 @@ class LogLikelihood:
     pilot_nfe: int
     seconds: float
 
+    def __repr__(self) -> str:
+        """The first samples with their errors; not all the numbers."""
+        shown = [
+            f"{value:.5g} ± {error:.2g}"
+            for value, error in zip(
+                self.log_prob[:4].tolist(), self.total_error[:4].tolist(), strict=True
+            )
+        ]
+        more = ", ..." * (len(self.log_prob) > 4)
+        return (
+            f"LogLikelihood({', '.join(shown)}{more} nats; {len(self.log_prob)} samples, "
+            f"nfe={self.nfe}, {self.seconds:.3g} s)"
+        )
+
     @property
     def total_error(self) -> Tensor:
         """Probe and solver error together, nats, [B]; NaN where one of them is not known."""

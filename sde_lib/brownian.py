@@ -83,7 +83,7 @@ class BrownianPaths(PerSample):
         return lambda: first.pop()() if first else fresh()
 
     def _increment(self, x: Tensor, upper: int, lower: int) -> Tensor:
-        self._check(x.shape)
+        self.check(len(x))
         if self._latest is None or self._latest[:2] != (upper, x.shape):
             (above,) = self._sums([_within(upper)], x)
         else:

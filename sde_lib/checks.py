@@ -270,6 +270,11 @@ def check_sampler(
         ConformanceError: With one sentence: what disagrees, by how much, and what it should be.
     """
     sde = VPSDE() if sde is None else sde
+    if isinstance(make, Sampler) or not callable(make):
+        raise ValueError(
+            "check_sampler needs a function that makes a sampler of a number of steps, such as "
+            f"its class or lambda steps: ...; got {make!r}."
+        )
     _check_results(make, sde)
     _check_seeds(make, sde)
     _check_batch_mates(make, sde, batch_tolerance)

@@ -8,7 +8,7 @@ distance of samples is never zero: compare it with what two samples of the data 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -66,7 +66,7 @@ def energy_distance(x: Tensor, y: Tensor) -> Estimate:
     return _two_sample("energy_distance", x, y, torch.neg)
 
 
-def mmd_squared(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Estimate:
+def mmd_squared(x: Tensor, y: Tensor, bandwidths: Sequence[float] | None = None) -> Estimate:
     r"""Squared maximum mean discrepancy :math:`E k(X, X') + E k(Y, Y') - 2 E k(X, Y)`.
 
     .. math::  k(x, y) = \frac1K \sum_{j=1}^{K} e^{-|x - y|^2 / (2 b_j^2)}
@@ -82,10 +82,14 @@ def mmd_squared(x: Tensor, y: Tensor, bandwidths: tuple[float, ...]) -> Estimate
     Args:
         x: Samples [N, ...], N >= 4.
         y: Others [M, ...], M >= 4.
-        bandwidths: b_j, > 0; see :func:`median_bandwidths`.
+        bandwidths: b_j, > 0; :func:`median_bandwidths` of ``y`` if not given.
     """
-    if not bandwidths:
-        raise ValueError("mmd_squared needs at least one bandwidth; got none.")
+    if bandwidths is None:
+        _, bandwidths = _pair("mmd_squared", x, y), median_bandwidths(y)
+    if not isinstance(bandwidths, Sequence) or not bandwidths:
+        raise ValueError(
+            f"mmd_squared needs a sequence of at least one bandwidth; got {bandwidths!r}."
+        )
     for width in bandwidths:
         validation.real("mmd_squared", "bandwidths", width, above=0)
 
@@ -282,6 +286,9 @@ def _rest_between(sums: _Sums) -> float:
 
 def _pair(owner: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both as [N, D], checked at the door; the one wait for the device."""
+    for side in (x, y):
+        if not isinstance(side, Tensor):
+            raise ValueError(f"{owner} compares tensors of samples; got {type(side).__name__}.")
     if x.shape[1:] != y.shape[1:]:
         raise ValueError(
             f"{owner} compares samples of one shape; got {tuple(x.shape[1:])} and "

@@ -25,16 +25,33 @@ class Grid(ABC):
         fractions = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         times = self.times(sde, fractions)
         times[0], times[-1] = sde.t_max, sde.t_min  # free of rounding
-        if not bool((times.diff() < 0).all()):
-            raise ValueError(
-                f"{self} gives times that do not strictly decrease from t_max={sde.t_max:g} to "
-                f"t_min={sde.t_min:g} in {steps} steps; use fewer steps or another grid."
-            )
-        return times
+        return checked(self, times, sde, steps)
 
     @abstractmethod
     def times(self, sde: SDE, fractions: Tensor) -> Tensor:
         """Times at ``fractions`` [N] of the way, 0 = noise (t_max), 1 = data (t_min)."""
+
+
+def checked(grid: object, times: Tensor, sde: SDE, steps: int) -> Tensor:
+    """``times`` of ``grid``, float64 on the CPU, if a sampler of so many ``steps`` can take them.
+
+    Raises:
+        ValueError: If there are not ``steps + 1``, or they do not decrease strictly within
+            [t_min, t_max].
+    """
+    asked = (
+        f"strictly decrease from t_max={sde.t_max:g} to t_min={sde.t_min:g} in {steps} steps; use "
+        "fewer steps or another grid."
+    )
+    if not isinstance(times, Tensor) or times.shape != (steps + 1,):
+        got = tuple(times.shape) if isinstance(times, Tensor) else type(times).__name__
+        raise ValueError(f"{grid} must give {steps + 1} times that {asked} Got {got}.")
+    times = times.detach().double().cpu()
+    falls = bool((times.diff() < 0).all()) and sde.t_min <= times[-1] and times[0] <= sde.t_max
+    if not falls:
+        shown = ", ".join(f"{t:.4g}" for t in times[:6].tolist()) + ", ..." * (steps > 5)
+        raise ValueError(f"{grid} gives times that do not {asked} Got {shown}")
+    return times
 
 
 @dataclass(frozen=True)

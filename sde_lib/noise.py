@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
+import reprlib
 from collections.abc import Callable, Sequence
 from copy import copy
 from functools import partial
@@ -38,10 +40,14 @@ class PerSample:
         temperature: float = 1.0,
     ) -> None:
         self.temperature = validation.real("PerSample", "temperature", temperature, above=0)
-        self.seeds = [int(seed) for seed in seeds]
+        try:
+            self.seeds = [operator.index(seed) for seed in seeds]
+        except TypeError:
+            self.seeds = []
         if not self.seeds or min(self.seeds) < 0 or max(self.seeds) >= 2**63:
             raise ValueError(
-                f"PerSample needs at least one seed, each in [0, 2^63); got {self.seeds[:8]}."
+                "PerSample needs at least one seed, each a whole number in [0, 2^63); got "
+                f"{reprlib.repr(seeds)}."
             )
         self.device = torch.device(device)
         bits = 32 if self.device.type == "cpu" else 63
@@ -71,14 +77,19 @@ class PerSample:
         view.streams = [self.streams[i] for i in rows]
         return view
 
-    def _check(self, shape: Sequence[int]) -> None:
-        if shape[0] != len(self.streams):
+    def check(self, batch: int) -> None:
+        """Refuse a batch of another size.
+
+        Raises:
+            ValueError: With both sizes.
+        """
+        if batch != len(self.streams):
             raise ValueError(
-                f"one seed a sample: got {len(self.streams)} seeds for a batch of {shape[0]}."
+                f"one seed a sample: got {len(self.streams)} seeds for a batch of {batch}."
             )
 
     def _stack(self, draw, shape, dtype, device) -> Tensor:  # noqa: ANN001
-        self._check(shape)
+        self.check(shape[0])
         rows = [
             draw(tuple(shape[1:]), generator=stream, dtype=dtype, device=stream.device)
             for stream in self.streams
@@ -93,6 +104,21 @@ def _mixed(seed: int, bits: int) -> int:
 
 
 Generator = torch.Generator | PerSample | None
+
+
+def check_generator(owner: str, generator: object, batch: int | None = None) -> None:
+    """Refuse what numbers cannot be drawn from, for a batch of this size if it is known.
+
+    Raises:
+        ValueError: Saying what can.
+    """
+    if not (generator is None or isinstance(generator, torch.Generator | PerSample)):
+        raise ValueError(
+            f"{owner} needs generator to be a torch.Generator, a PerSample or None; got "
+            f"{generator!r}. torch.Generator().manual_seed(0) makes one."
+        )
+    if isinstance(generator, PerSample) and batch is not None:
+        generator.check(batch)
 
 
 def of_rows(generator: Generator, rows: Sequence[int]) -> Generator:

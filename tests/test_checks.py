@@ -246,3 +246,8 @@ def test_a_wrong_sampler_is_refused_with_the_right_sentence(
 ) -> None:
     with pytest.raises(ConformanceError, match=message):
         check_sampler(wrong)
+
+
+def test_check_sampler_wants_something_that_makes_samplers() -> None:
+    with pytest.raises(ValueError, match="a function that makes a sampler of a number of steps"):
+        check_sampler(DDIM(3))

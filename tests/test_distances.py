@@ -319,3 +319,14 @@ def test_samples_of_two_dtypes_are_compared(distance) -> None:  # noqa: ANN001
     x, y = (torch.randn(20, 3, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
 
     assert distance(x, y.double()).value == pytest.approx(distance(x.double(), y.double()).value)
+
+
+def test_mmd_takes_the_median_distance_if_no_bandwidth_is_given() -> None:
+    x, y = (torch.randn(30, 2, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+
+    assert mmd_squared(x, y) == mmd_squared(x, y, median_bandwidths(y))
+    for wrong in (1.0, (), "wide"):
+        with pytest.raises(ValueError, match="a sequence of at least one bandwidth|finite number"):
+            mmd_squared(x, y, wrong)
+    with pytest.raises(ValueError, match="compares tensors of samples; got list"):
+        energy_distance([1.0], y)

@@ -66,10 +66,11 @@ def test_prior_samples_take_one_seed_each() -> None:
     assert torch.equal(both[1:], alone)
 
 
-@pytest.mark.parametrize("seeds", [[], [-1], [0, 2**63]])
-def test_impossible_seeds_are_refused(seeds: list[int]) -> None:
+@pytest.mark.parametrize("seeds", [[], [-1], [0, 2**63], [1.5, 2], 3, ["a"], None])
+def test_impossible_seeds_are_refused(seeds) -> None:  # noqa: ANN001
     with pytest.raises(
-        ValueError, match=r"PerSample needs at least one seed, each in \[0, 2\^63\); got"
+        ValueError,
+        match=r"PerSample needs at least one seed, each a whole number in \[0, 2\^63\); got",
     ):
         PerSample(seeds)
 

@@ -20,11 +20,13 @@ from sde_lib.samplers import (
     DDIM,
     DEIS,
     AdaptiveODE,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
     DPMSolver,
     DPMSolverPP,
     EulerMaruyama,
+    FixedODE,
     FlowAdams,
     Heun,
     Langevin,
@@ -357,7 +359,7 @@ def test_the_end_is_denoised_unless_told_otherwise(sde: SDE, mixture: GaussianMi
         (lambda: UniPC(corrector="yes"), "corrector to be true or false"),
         (lambda: DPMSolver(order=4), "DPMSolver has orders 1 to 3"),
         (lambda: DPMSolver(10, lower_order_final=False), "multiple of the order 3; got steps=10"),
-        (lambda: FlowAdams(order=6), "FlowAdams has orders 1 to 5"),
+        (lambda: FlowAdams(order=5), "FlowAdams has orders 1 to 4"),
         (lambda: PredictorCorrector(predictor=UniPC()), "and UniPC does not"),
         (lambda: PredictorCorrector(predictor=DPMSolver()), "and DPMSolver does not"),
     ],
@@ -413,8 +415,7 @@ def test_a_score_that_breaks_on_the_way_is_found_at_its_step(
     with pytest.raises(SamplingError, match="1 of 4 samples") as caught:
         sampler(breaking, sde, x, generator=seeded(1))
     step = int(str(caught.value).split("first at step ")[1].split(",")[0])
-    reached = [t for t, _ in sampler.trajectory(score, sde, x, generator=seeded(1))]
-    assert reached[step - 1] >= third >= reached[step]
+    assert levels.t[step - 1] >= third >= levels.t[step]
 
 
 @pytest.mark.skipif(
@@ -444,3 +445,87 @@ def test_a_fixed_step_loop_never_waits_for_the_gpu(make: Make, paths: bool) -> N
         torch.cuda.set_sync_debug_mode("default")
 
     assert bool(torch.isfinite(x).all())
+
+
+def _times(*values: float) -> Callable[[SDE, int], Tensor]:
+    return lambda sde, steps: torch.tensor(values)
+
+
+@pytest.mark.parametrize(
+    ("grid", "got"),
+    [
+        (_times(0.1, 0.3, 0.6, 1.0), "Got 0.1, 0.3, 0.6, 1"),
+        (_times(2.0, 0.5, 0.2, 0.1), "Got 2, 0.5, 0.2, 0.1"),
+        (_times(1.0, 0.5, 0.2, -1.0), "Got 1, 0.5, 0.2, -1"),
+        (_times(0.5, 0.5, 0.5, 0.5), "Got 0.5, 0.5"),
+        (_times(1.0, math.nan, 0.2, 0.1), "Got 1, nan, 0.2, 0.1"),
+        (_times(1.0, 0.5), r"Got \(2,\)"),
+        (lambda sde, steps: [1.0, 0.5, 0.2, 0.1], "Got list"),
+    ],
+)
+@pytest.mark.parametrize("make", [DDIM, FlowAdams, DPMSolverPP, PredictorCorrector])
+def test_grids_that_do_not_fall_from_noise_to_data_are_refused(make, grid, got) -> None:  # noqa: ANN001
+    sampler, x = make(3, grid), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=f"strictly decrease from t_max=1 to .*{got}"):
+        sampler(lambda x, t: -x, VPSDE(), x)
+    with pytest.raises(ValueError, match="strictly decrease"):
+        sampler.check(VPSDE())
+
+
+@pytest.mark.parametrize("make", [AdaptiveODE, FixedODE, TorchSDE, DDIM, FlowAdams, AdaptiveSDE])
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda x, t: x[:, :1], r"in the shape of x, \((4|32), 2\); got \((4|32), 1\)"),
+        (lambda x, t: x[:1], r"in the shape of x, \((4|32), 2\); got \(1, 2\)"),
+        (
+            lambda x, t: torch.complex(x, x),
+            "must return real floating-point numbers",
+        ),
+        (lambda x, t: x.long(), "must return real floating-point numbers; got torch.int64"),
+        (lambda x, t: (x, x), "got tuple"),
+    ],
+)
+def test_scores_of_another_shape_or_kind_are_refused(make, score, message) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=message):
+        make()(score, VPSDE(), torch.randn(4, 2, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("make", [DDIM, Ancestral, AdaptiveSDE, TorchSDE])
+@pytest.mark.parametrize(
+    ("sde", "x", "generator", "message"),
+    [
+        (VPSDE(), torch.zeros(4, 2), 3, "needs generator to be a torch.Generator, a PerSample or"),
+        (VPSDE(), torch.zeros(4, 2), PerSample([1, 2]), "got 2 seeds for a batch of 4"),
+        (VPSDE(), torch.zeros(2, 2), PerSample([1, 2, 3]), "got 3 seeds for a batch of 2"),
+        (VPSDE, torch.zeros(4, 2), None, "needs a process, such as VPSDE"),
+        (lambda x, t: x, torch.zeros(4, 2), None, "needs a process, such as VPSDE"),
+        (VPSDE(), torch.zeros(4, 2).long(), None, "floating-point numbers, as sde.prior_sample"),
+        (VPSDE(), torch.zeros(4), None, r"starts from samples \[B, ...\]"),
+        (VPSDE(), torch.zeros(0, 2), None, r"starts from samples \[B, ...\]"),
+        (VPSDE(), [1.0], None, "got list"),
+    ],
+)
+def test_a_start_that_is_none_is_refused(make, sde, x, generator, message) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=message):
+        make()(lambda x, t: -x, sde, x, generator=generator)
+
+
+def test_a_start_that_is_not_finite_is_told_as_such() -> None:
+    with pytest.raises(SamplingError, match="the samples that it starts from are not finite"):
+        DDIM(3)(lambda x, t: -x, VPSDE(), torch.full((2, 2), math.nan))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("eta", [3.0, 20.0, 50.0])
+def test_much_fresh_noise_replaces_the_noise_and_nothing_else(order: int, eta: float) -> None:
+    """With the data at one point the denoised data are constant, and each step is exact."""
+    sde, point = VPSDE(), torch.tensor([1.0, -2.0], dtype=torch.float64)
+    x = sde.prior_sample((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return -(x - sde.alpha(t) * point) / sde.sigma(t) ** 2
+
+    for steps in (1, 5, 20):
+        end = DPMSolverPP(steps, order=order, eta=eta)(score, sde, x)
+        assert_close(end, point.expand(5, 2), rtol=1e-6, atol=1e-6)

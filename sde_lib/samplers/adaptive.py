@@ -14,7 +14,7 @@ from torch import Tensor
 from sde_lib import validation
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow, Score, probability_flow
-from sde_lib.samplers.base import Sampler, SamplingError, denoise
+from sde_lib.samplers.base import InShape, Sampler, SamplingError, denoise
 from sde_lib.sde import SDE
 
 ADAPTIVE_METHODS = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
@@ -156,6 +156,7 @@ class _FlowSampler(Sampler):
     ) -> Iterator[tuple[float, Tensor]]:
         """Eleven states, evenly spaced in the clock, and the denoised end."""
         self.check(sde, x.dtype)
+        score = InShape(score)
         flow = probability_flow(sde, score)
         marks = self.marks(flow).to(x.device)
         yield sde.t_max, x

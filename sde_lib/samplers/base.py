@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from sde_lib import validation
-from sde_lib.grids import Grid, Karras
-from sde_lib.noise import Generator, noise_over
+from sde_lib.grids import Grid, Karras, checked
+from sde_lib.noise import Generator, check_generator, noise_over
 from sde_lib.reverse import Score
 from sde_lib.sde import SDE, Level
 
@@ -146,20 +146,36 @@ class Sampler(ABC):
             Samples [B, ...] in the dtype of ``x``, denoised at t_min.
 
         Raises:
-            ValueError: If ``x`` is not a batch of floating-point numbers.
+            ValueError: If ``sde`` is no process, ``x`` no batch of floating-point numbers, or
+                ``generator`` nothing to draw from, or of another number of samples.
             SamplingError: If the result is not finite, or a solver gives up.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not len(x):
-            got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(
-                f"{type(self).__name__} starts from samples [B, ...] of floating-point numbers, "
-                f"as sde.prior_sample draws them; got {got}."
-            )
+        check_start(type(self).__name__, sde, x, generator)
         end = x
         for _, end in self.trajectory(score, sde, x, generator=generator):  # noqa: B007
             pass  # one state at a time: a thousand of them would not fit
         check_samples(self, score, sde, x, end)  # the one wait for the device, after the loop
         return end
+
+
+def check_start(owner: str, sde: SDE, x: Tensor, generator: Generator) -> None:
+    """Refuse what a sampler cannot start from.
+
+    Raises:
+        ValueError: Saying what it needs.
+    """
+    if not isinstance(sde, SDE):
+        raise ValueError(
+            f"{owner}(...)(score, sde, x) needs a process, such as VPSDE(), after the score "
+            f"function; got {sde!r}."
+        )
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not len(x):
+        got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(
+            f"{owner} starts from samples [B, ...] of floating-point numbers, as sde.prior_sample "
+            f"draws them; got {got}."
+        )
+    check_generator(owner, generator, len(x))
 
 
 def check_samples(sampler: Sampler, score: Score, sde: SDE, x: Tensor, end: Tensor) -> None:
@@ -173,13 +189,15 @@ def check_samples(sampler: Sampler, score: Score, sde: SDE, x: Tensor, end: Tens
     finite = torch.isfinite(end)
     if bool(finite.all()):
         return
+    if not bool(torch.isfinite(x).all()):
+        raise SamplingError(f"{sampler}: the samples that it starts from are not finite.")
     lost = int((~finite.reshape(len(end), -1).all(1)).sum())
     with torch.random.fork_rng():  # what is drawn now is nobody's
         where = _first_bad(sampler, sampler.trajectory(score, sde, x))
     raise SamplingError(
         f"{sampler}: {lost} of {len(end)} samples are not finite at the end, {where}; does the "
-        "score function return NaN there? More steps, or float32 where it runs in half precision, "
-        "may help."
+        "score function return NaN there? More steps, less fresh noise, or float32 where it runs "
+        "in half precision, may help."
     )
 
 
@@ -305,6 +323,10 @@ class InShape:
                 f"the score function must return a tensor in the shape of x, {tuple(x.shape)}; "
                 f"got {got}."
             )
+        if not found.is_floating_point():
+            raise ValueError(
+                f"the score function must return real floating-point numbers; got {found.dtype}."
+            )
         self.fits = found.dtype == x.dtype
         return found.to(x.dtype)
 
@@ -366,7 +388,7 @@ def affine(
 
 
 def _levels(grid: Grid, sde: SDE, steps: int) -> Level:
-    return sde.level(grid(sde, steps))
+    return sde.level(checked(grid, grid(sde, steps), sde, steps))
 
 
 _memory: dict[Hashable, Any] = {}

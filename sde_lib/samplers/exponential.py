@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -164,15 +165,26 @@ def polynomial_weights(
             and UniPC do; of the same order.
     """
     start, end = now.noise_ratio.log()[:, None], nxt.noise_ratio.log()[:, None]
-    points, shares = _gauss_legendre()
-    half = 0.5 * (end - start)
-    u = 0.5 * (start + end) + half * points  # [N, points]
+    points, shares = _panels(eta**2 * float((start - end).max()))
+    u = end + (start - end) * points  # [N, points]
     to = Level(*(field[:, None] for field in nxt))
-    mass = half * shares * prediction.weight(u, to, eta)
+    mass = (end - start) * shares * prediction.weight(u, to, eta)
     if midpoint and nodes.shape[1] == 2:
         middle = _lagrange(nodes, 0.5 * (start + end))[..., 0]
         return middle * mass.sum(1, keepdim=True)
     return (_lagrange(nodes, u) * mass[:, None]).sum(2)
+
+
+def _panels(replaced: float) -> tuple[Tensor, Tensor]:
+    """Points in [0, 1] from the end of a step to its start, and weights: Gauss-Legendre on panels
+    that halve towards the end, where noise that replaces the old ``replaced`` times over within
+    the step leaves all weight."""
+    points, weights = _gauss_legendre()
+    halvings = max(0, math.ceil(math.log2(max(replaced, 1.0) / 4)))
+    edges = torch.tensor([0.0, *(2.0 ** (k - halvings) for k in range(halvings + 1))])
+    width = edges.diff().double()[:, None]
+    inside = edges[:-1].double()[:, None] + width * 0.5 * (1 + points)
+    return inside.flatten(), (0.5 * width * weights).flatten()
 
 
 def _lagrange(nodes: Tensor, u: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from sde_lib.grids import FittedGrid, Grid, Karras, UniformLogSNR, UniformTime
 from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import FixedStepSampler, InShape, check_samples
+from sde_lib.samplers.base import FixedStepSampler, InShape, SamplingError, check_samples
 from sde_lib.samplers.exponential import PREDICTIONS
 from sde_lib.samplers.multistep import DEIS, Multistep, UniPC, lowered
 from sde_lib.sde import SDE, Level
@@ -49,7 +49,7 @@ class FlowAdams(Multistep):
     Args:
         steps: Evaluations, and one more for the denoise.
         grid: Where they are; fitted to the model if not given.
-        order: 1 to 5, of predictor and corrector. If not given it is chosen by the steps: 3 below
+        order: 1 to 4, of predictor and corrector. If not given it is chosen by the steps: 3 below
             40, then 4; and below 70 the predictor's falls at the end, where no evaluation comes
             after to set right what was extrapolated. If given, no other rule is tried.
     """
@@ -60,7 +60,7 @@ class FlowAdams(Multistep):
     memory: dict[Hashable, Fit] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
-    most: ClassVar[int] = 5
+    most: ClassVar[int] = 4
     of: ClassVar[str] = "v"
     stochastic: ClassVar[bool] = False
     correctable: ClassVar[bool] = False
@@ -260,7 +260,10 @@ def _look(score: Score, sde: SDE, like: Tensor, samples: int, seed: int) -> _Pil
         end = start
         for _, end in sampler.trajectory(watched, sde, start):  # noqa: B007
             pass
-        check_samples(sampler, score, sde, start, end)
+        try:
+            check_samples(sampler, score, sde, start, end)
+        except SamplingError as error:
+            raise SamplingError(f"looking at the model before sampling, by {error}") from error
         return torch.stack(found, dim=1), start, end
 
     parts = zip(*in_halves(followed, range(samples)), strict=True)

@@ -91,7 +91,9 @@ class DEIS(Multistep):
     .. math::  x_{n+1} = \tfrac{\alpha_{n+1}}{\alpha_n} x_n
                + \alpha_{n+1} \sum_j \hat\varepsilon_{n-j} \int \ell_j(\log\varrho)\, d\varrho
 
-    Order 1 is DDIM. One evaluation a step.
+    Order 1 is DDIM. One evaluation a step. With fresh noise the noise estimate changes by its own
+    size over a long step, and what is extrapolated from it grows: from order 3 on this diverges in
+    20 steps, at orders 1 and 2 in 10. DPM-Solver++, in the data, does not.
 
     Reference: Zhang and Chen, Fast Sampling of Diffusion Models with Exponential Integrator,
     2023.

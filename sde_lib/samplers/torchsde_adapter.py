@@ -12,7 +12,7 @@ from sde_lib import validation
 from sde_lib.brownian import BrownianPaths
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import ProbabilityFlow, Score, probability_flow
-from sde_lib.samplers.base import Sampler, SamplingError, denoise
+from sde_lib.samplers.base import InShape, Sampler, SamplingError, denoise
 from sde_lib.sde import SDE, Level
 
 CALCULUS = {
@@ -77,6 +77,7 @@ class TorchSDE(Sampler):
         """Eleven states, evenly spaced in the clock, and the denoised end."""
         from torchsde import sdeint
 
+        score = InShape(score)
         flow = probability_flow(sde, score)
         data_end, noise_end = flow.clock_range()
         per_step = (noise_end - data_end) / self.steps

@@ -156,6 +156,32 @@ def judge(name: str, table: dict[tuple[str, str], dict[int, float]]) -> None:
 
 
 @torch.no_grad()
+def agreement(steps: int = 20) -> None:
+    """Largest distance of our ends from diffusers' on the same grid, 25 modes in the plane."""
+    data, sde = MIXTURES["mixture2"][0](), VPSDE(t_min=1e-3)
+    x = sde.prior_sample((256, 2), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    pairs = {
+        "DDIM": DDIM(),
+        "DPM-Solver++ 2M": DPMSolverPP(),
+        "UniPC 2": UniPC(order=2),
+        "UniPC 3": UniPC(order=3),
+        "DEIS 3": DEIS(order=3),
+    }
+    print(f"\n## ends after {steps} steps beside those of diffusers\n")
+    for who, sampler in pairs.items():
+        peer, _ = DETERMINISTIC[f"diffusers {who}"]
+        for label, grid in GRIDS.items():
+            ours = with_steps(replace(sampler, grid=grid), steps)(data.score(sde), sde, x)
+            try:
+                theirs = peer(data.score(sde), sde, x, grid(sde, steps))
+            except ImportError as error:
+                print(f"- not installed: {error}")
+                return
+            apart = float((ours - theirs).abs().max())
+            print(f"- {'met' if apart <= 1e-4 else 'NOT MET'}: {who} on {label}: {apart:.1g}")
+
+
+@torch.no_grad()
 def overhead(rounds: int = 25, evaluations: int = 50) -> None:
     """Microseconds of an evaluation beside a trivial network, medians of alternated rounds."""
     sde, x = VPSDE(t_min=1e-3), torch.randn(4, 1, 28, 28)
@@ -343,7 +369,7 @@ def in_turn(calls, rounds: int, device: torch.device) -> dict[str, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [*TARGETS, "noise2", "noise32", "overhead", "unet", "digits"]
+    names = [*TARGETS, "same", "noise2", "noise32", "overhead", "unet", "digits"]
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(names))
     parser.add_argument("--checkpoint", type=Path, help="of the digits model")
     options = parser.parse_args()
@@ -354,6 +380,8 @@ def main() -> None:
         began, generator = time.monotonic(), torch.Generator().manual_seed(5)
         if name == "overhead":
             overhead()
+        elif name == "same":
+            agreement()
         elif name == "unet":
             throughput()
         elif name.startswith("noise"):

@@ -139,12 +139,12 @@ class _Graph:
         self.tape = Tape(moves, x)
         last = rehearse(sampler, sde, x, self.tape)
         wanted = {round(k * last / 10) for k in range(11)}
-        side = torch.cuda.Stream(x.device)
-        side.wait_stream(torch.cuda.current_stream(x.device))
+        side, before = torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        side.wait_stream(before)
         with torch.cuda.stream(side):
             for move in moves[:: max(1, len(moves) // 3)]:  # libraries settle on their kernels
                 score(self.start.zero_(), move.now.t)
-        torch.cuda.current_stream(x.device).wait_stream(side)
+        before.wait_stream(side)
         self.graph, self.states = torch.cuda.CUDAGraph(), []
         try:
             with torch.cuda.graph(self.graph, stream=side):
@@ -159,7 +159,7 @@ class _Graph:
                 f"cuda_graph. CUDA says: {str(error).splitlines()[0]}"
             ) from error
         finally:
-            torch.cuda.set_stream(torch.cuda.default_stream(x.device))
+            torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
         self.nfe = counted.nfe
 
     def replay(self, x: Tensor, over: NoiseOver) -> list[tuple[float, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -79,6 +80,7 @@ def _together() -> ModuleType:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(days=30))
+        atexit.register(dist.destroy_process_group)  # else its threads may end in an abort
     return dist
 
 

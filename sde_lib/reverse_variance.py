@@ -26,11 +26,13 @@ class ReverseVariance(ABC):
 
     Attributes:
         of_state: Whether v depends on the state; else a step is a table of numbers.
+        adds: Whether noise remains where eta is 0.
         wanted: Name of what has to be found out about a model before there is a v; None if
             nothing has.
     """
 
     of_state: ClassVar[bool] = False
+    adds: ClassVar[bool] = True
     wanted: str | None = None
 
     @abstractmethod
@@ -121,11 +123,14 @@ class Wanted(ReverseVariance):
 
 @dataclass(frozen=True)
 class PosteriorVariance(ScalarVariance):
-    r"""DDPM's small variance :math:`\tilde\beta`, that of x_s given x_t and x_0; times eta².
+    r"""DDPM's small variance :math:`\tilde\beta`, that of x_s given x_t and x_0; up to eta = 1
+    times eta².
 
     The best one if the data is a single point, and the least that any data can ask for. It is
     also that of the maximum-likelihood SDE solver (Popov et al. 2022) without its trace term.
     """
+
+    adds: ClassVar[bool] = False
 
     def __call__(self, earlier: Level, later: Level, eta: float = 1.0) -> Tensor:
         return posterior(earlier, later, eta)[0]

@@ -18,13 +18,23 @@ def step_costs(variance: AnalyticVariance, levels: Level) -> Tensor:
     r"""Expected KL per dimension, nats, of a step from each of N falling levels to each later
     one, [N, N]; infinite upwards.
 
-    With the best isotropic variance v (eta = 1) the mean and the variance that the model adds
-    cost :math:`\tfrac12 \log (v / \tilde\beta)`, with :math:`\tilde\beta` that of the posterior.
+    With v the variance of the model's step, :math:`\tilde\beta` that of the posterior, eta = 1,
+    and :math:`c^2 \varrho^2 u` the mean squared error of the mean
+
+    .. math::  \tfrac12 \left(\log\frac{v}{\tilde\beta} - 1 + \frac{\tilde\beta + c^2 \varrho^2
+               u}{v}\right)
+
+    which is the logarithm alone where v is the best one.
     """
     start, end = (
         Level(*(column.unsqueeze(dim) for column in levels)) for dim in (1, 0)
     )  # rows: from, columns: to
-    cost = 0.5 * torch.log(variance(end, start) / posterior(end, start)[0])
+    v, low, free = (
+        variance(end, start),
+        posterior(end, start)[0],
+        replace(variance, data_variance=None)(end, start),  # low + c² rho² u
+    )
+    cost = 0.5 * (torch.log(v / low) - 1 + free / v)
     falls = torch.ones_like(cost, dtype=torch.bool).triu(1)
     return torch.where(falls, cost, math.inf)
 

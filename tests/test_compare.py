@@ -280,7 +280,7 @@ def asking(*overrides, mode=()):
         (["mode.samplers=heun"], "list of samplers with one entry or more.*got 'heun'"),
         (
             ["mode.samplers=[heun,huen]"],
-            r"unknown sampler 'huen'; choose of heun, .*adaptive, .*unipc",
+            r"unknown sampler 'huen'; choose one of heun, .*adaptive, .*unipc",
         ),
         (["mode.samplers=[heun,ddim,heun]"], "names heun more than once"),
         (["mode.nfe=[]"], "list of nfe"),

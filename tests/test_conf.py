@@ -277,7 +277,8 @@ def test_the_commands_of_the_pages_compose(page: str) -> None:
 
 def test_the_library_example_of_the_readme_runs() -> None:
     text = (run.CONF.parent / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(example, names)
+    for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(example, names)
+    assert names["noisy"].shape == (1000, 2)
     assert names["result"].log_prob.shape == (1000,)

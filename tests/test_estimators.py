@@ -17,7 +17,7 @@ from test_evaluation import (
 )
 
 from experiment.dequantizer import dequantizer
-from experiment.estimators import _levels, estimate, show_estimates
+from experiment.estimators import bound_times, estimate, show_estimates
 from experiment.evaluation import evaluate
 from experiment.ledger import append_evaluation
 from experiment.report import write_report
@@ -131,10 +131,10 @@ def test_bounds_of_hours_say_so_after_their_first_batch(monkeypatch, capsys):
 
 def test_levels_start_at_noise_of_half_a_bin():
     flow = probability_flow(VPSDE(), lambda x, t: -x)
-    times = _levels(flow, levels_data(4), 10)
+    times = bound_times(flow, levels_data(4), 10)
     ratio = VPSDE().level(times[0]).noise_ratio
     assert float(ratio) == pytest.approx(0.5 / 2, rel=1e-6)
-    assert float(_levels(flow, vectors(), 10)[0]) == pytest.approx(VPSDE().t_min, rel=1e-6)
+    assert float(bound_times(flow, vectors(), 10)[0]) == pytest.approx(VPSDE().t_min, rel=1e-6)
 
 
 def test_the_curve_is_in_units_of_levels_and_every_variance_is_its_own():

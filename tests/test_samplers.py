@@ -501,7 +501,7 @@ def test_scores_of_another_shape_or_kind_are_refused(make, score, message) -> No
         (VPSDE, torch.zeros(4, 2), None, "needs a process, such as VPSDE"),
         (lambda x, t: x, torch.zeros(4, 2), None, "needs a process, such as VPSDE"),
         (VPSDE(), torch.zeros(4, 2).long(), None, "floating-point numbers, as sde.prior_sample"),
-        (VPSDE(), torch.zeros(4), None, r"starts from samples \[B, ...\]"),
+        (VPSDE(), torch.tensor(1.0), None, r"starts from samples \[B, ...\]"),
         (VPSDE(), torch.zeros(0, 2), None, r"starts from samples \[B, ...\]"),
         (VPSDE(), [1.0], None, "got list"),
     ],

@@ -169,7 +169,7 @@ def check_start(owner: str, sde: SDE, x: Tensor, generator: Generator) -> None:
             f"{owner}(...)(score, sde, x) needs a process, such as VPSDE(), after the score "
             f"function; got {sde!r}."
         )
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2 or not len(x):
+    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.ndim or not len(x):
         got = (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(
             f"{owner} starts from samples [B, ...] of floating-point numbers, as sde.prior_sample "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,15 @@ class Captured(Sampler):
     def converges(self) -> int | None:
         """As the sampler does."""
         return self.sampler.converges
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """As the sampler does."""
+        return self.sampler.wanted
+
+    def given(self, found: Mapping[str, Any]) -> Captured:
+        """Of the sampler with what it wanted."""
+        return Captured(self.sampler.given(found))
 
     def fitted(self, score: Score, sde: SDE, like: Tensor) -> Captured:
         """On the fitted sampler."""

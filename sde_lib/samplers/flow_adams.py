@@ -39,8 +39,9 @@ class FlowAdams(Multistep):
     at both ends, where an estimate of the noise or of the data alone has lost what it says.
 
     The grid is dense where v bends along the paths of a few samples of the model
-    (:func:`fitted_grid`, 64 evaluations of 32 samples, remembered while the score function
-    and the weights behind it stay what they are); :meth:`fitted` does that beforehand.
+    (:func:`fitted_grid`, 64 evaluations of 32 samples); :meth:`fitted` does that beforehand. This
+    object remembers it for the latest score function, until the weights of the module that this
+    is a method of are written to; of another callable it cannot know what is behind it.
 
     Below 8 steps the same samples are solved once more by each of five rules, this one and DEIS
     or UniPC on some grids (:data:`RULES`), and the one whose ends are nearest to the pilot's is

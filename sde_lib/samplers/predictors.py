@@ -107,14 +107,15 @@ class Ancestral(LinearSampler):
     number of steps when the data is one point (DDPM's small one, and at eta = 1 the
     maximum-likelihood SDE solver); DDPM's large one; or the best for this model (Analytic-DPM and
     Analytic-DDIM), which adds to c² what is left open of x_0, on average or in each coordinate of
-    the state at hand (NPR-DPM, SN-DPM). Fewer steps, more to gain.
+    the state at hand (NPR-DPM, SN-DPM). Fewer steps, more to gain; what is added keeps a path
+    from its limit by the root of a step, so that the order is of the law alone.
 
     Reference: Ho et al. 2020, eq. 7; Song, Meng and Ermon, Denoising Diffusion Implicit Models,
     2021, eq. 12; Bao et al., Analytic-DPM, 2022, theorem 1; Popov et al. 2022, theorem 1.
 
     Args:
-        eta: Fresh noise, in units of the posterior's standard deviation: 0 is DDIM, 1 DDPM, more
-            is possible.
+        eta: Fresh noise: 0 is DDIM, 1 DDPM, in between the share of the posterior's standard
+            deviation; more is possible, but for the forward and the learned variance.
         variance: posterior, forward, or an object: what ``likelihood.calibrate_variance``
             returns, or a :class:`sde_lib.state_variance.StateVariance`. ``analytic`` stands for
             the one that mode=calibrate has stored, ``npr``, ``sn`` and ``learned`` for those of
@@ -145,7 +146,7 @@ class Ancestral(LinearSampler):
     @property
     def stochastic(self) -> bool:
         """Whether fresh noise enters."""
-        return self.eta > 0 or self.variance != "posterior"
+        return self.eta > 0 or self._reverse().adds
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -175,7 +176,12 @@ class Ancestral(LinearSampler):
     def plan(self, sde: SDE) -> Plan:
         """The steps, the noise of the last one limited."""
         plan = super().plan(sde)
-        if self.last_std is not None and type(self).step is LinearSampler.step:
+        if self.last_std is not None:
+            if type(self).step is not LinearSampler.step:
+                raise ValueError(
+                    f"{type(self).__name__} has a step of its own, which last_std cannot limit; "
+                    "leave it out."
+                )
             rows = (Level(*(c[part] for c in plan.levels)) for part in (slice(-2, -1), [-1]))
             (move,) = self.moves(*rows, most=self.last_std)
             plan.moves[-1] = (move, *plan.moves[-1][1:])

@@ -71,7 +71,7 @@ def compare(
     run, model, path, iteration = run.trained()
     bench = Bench.of(run, model, data, path, asked)
     planned = bench.planned(chosen)
-    refuse_all([trial.refused for trial in planned])
+    refuse_all([_why(t.name, t.asked, t.refused) for t in planned])
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         digest = hashlib.sha256(f"{asked} {run.seed} {path.absolute()}".encode()).hexdigest()[:6]
         record = run.path / "compare" / f"compare-{iteration:08d}-{digest}.json"
@@ -113,7 +113,8 @@ def measured(
         _keep(found, record)
     found["complete"] = True
     _keep(found, record)
-    refuse_all([row.get("failed", "") for row in found["results"]])
+    rows = found["results"]
+    refuse_all([_why(row["sampler"], row["asked"], row.get("failed", "")) for row in rows])
     return found
 
 
@@ -125,6 +126,10 @@ def refuse_all(reasons: Sequence[str]) -> None:
     """
     if all(reasons):
         raise RunError(f"every sampler failed, the first of them so: {reasons[0]}")
+
+
+def _why(name: str, asked: str, reason: str) -> str:
+    return reason and f"{name} at {asked}: {reason}"
 
 
 def _keep(found: Mapping[str, Any], record: Path) -> None:

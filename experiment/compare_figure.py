@@ -130,7 +130,7 @@ def _mark_linear_part(axes: Axes, edge: float) -> None:
     axes.set_yticks([*signed, *_round_ones(edge, high)])
     axes.set_ylim(low, high)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{float(f'{value:.2g}'):g}")
     for end in signed[1:]:
         axes.axhline(end, color=GREY, lw=0.8, ls=(0, (2, 2)))
 

@@ -19,7 +19,7 @@ STEMS = {  # files whose newest are shown, and what they show
     "figures/path": "Points on their way; grey: data at the same noise",
     "figures/density": "What was learnt",
 }
-COUNTS = {"steps": "steps", "nfe": "evaluations"}
+COUNTS = {"steps": "step", "nfe": "evaluation"}
 
 
 def samples(run_dir: Path) -> dict[str, str]:
@@ -77,7 +77,8 @@ def _trained(stem: Path) -> list[tuple[int, Path]]:
 def drawn_by(about: Row) -> str:
     """The sampler with its numbers, as far as they are not what one takes for granted."""
     parts = [str(about.get("sampler"))]
-    parts += [f"{about[key]} {word}" for key, word in COUNTS.items() if is_number(about.get(key))]
+    counts = [(about[key], word) for key, word in COUNTS.items() if is_number(about.get(key))]
+    parts += [f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts]
     parts += [
         f"{key} {about[key]:g}"
         for key in ("eta", "temperature")

@@ -463,7 +463,7 @@ def test_the_newest_of_mode_sample_is_shown_with_what_it_is_of(tmp_path):
         (f"What was learnt, {how}", one),
     ]
     asked_for(tmp_path, "00000010-heun-3-bbbbbb", 3.0, sampler="heun", nfe=3, steps=1, eta=1.0)
-    how = "iteration 10: heun, 1 steps, 3 evaluations"
+    how = "iteration 10: heun, 1 step, 3 evaluations"
     assert seen(tmp_path).pictures()[f"Samples of the model, {how}"] == other
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -104,29 +105,8 @@ def sample(
         if (temperature, precision) != (1.0, "float32"):
             asked += f" {temperature} {precision}"
         digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
-        name = f"{iteration:08d}-{called(run, asked_for)}-{nfe}-{digest}"
-        array = run.path / "samples" / f"samples-{name}.npz"
-        array.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            array,
-            samples=values.numpy(),
-            seeds=np.array([seed for part in parts for seed in part.seeds], dtype=np.uint64),
-            nfe=nfe,
-            seconds=seconds,
-            sampler=repr(asked_for),
-            temperature=temperature,
-            precision=precision,
-            checkpoint=str(path),
-        )
-        say(
-            f"{num_samples} samples by {asked_for}, {nfe} evaluations each, "
-            f"{seconds:.1f} s: {array}"
-        )
-        # of the model as it was loaded: a compiled network has no second derivatives
-        picture = draw_pictures(run.path, name, model, data, values, parts[0].way)
         about = {
             "iteration": iteration,
-            "drawn": time.time(),
             "sampler": called(run, asked_for),
             "steps": getattr(asked_for, "steps", None),
             "eta": getattr(asked_for, "eta", None),
@@ -136,11 +116,35 @@ def sample(
             "precision": precision,
             "seconds": seconds,
             "repr": repr(asked_for),
+            "checkpoint": str(path),
         }
-        write_atomically(array.with_suffix(".json"), json.dumps(about, indent=1).encode())
+        name = f"{iteration:08d}-{about['sampler']}-{nfe}-{digest}"
+        array = run.path / "samples" / f"samples-{name}.npz"
+        keep(values, [seed for part in parts for seed in part.seeds], about, array)
+        say(
+            f"{num_samples} samples by {asked_for}, {nfe} evaluations each, "
+            f"{seconds:.1f} s: {array}"
+        )
+        # of the model as it was loaded: a compiled network has no second derivatives
+        picture = draw_pictures(run.path, name, model, data, values, parts[0].way)
+        note = json.dumps(about | {"drawn": time.time()}, indent=1)
+        write_atomically(array.with_suffix(".json"), note.encode())
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
     say(f"report: {write_report(run.path)}")
+
+
+def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path) -> None:
+    """Write samples in data units with their seeds and what they are of as ``path``, an npz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = ("nfe", "seconds", "temperature", "precision", "checkpoint")
+    np.savez(
+        path,
+        samples=values.numpy(),
+        seeds=np.array(seeds, dtype=np.uint64),
+        sampler=about["repr"],
+        **{key: about[key] for key in known},
+    )
 
 
 def called(run: Run, sampler: Sampler) -> str:

@@ -128,17 +128,21 @@ class Bench:
         Raises:
             RunError: If one cannot work on this process, or wants to be calibrated first.
         """
-        found = []
-        for name, sampler in chosen.items():
+        for sampler in chosen.values():
             sampler.check(self.model.sde)
-            try:
-                made = self.fitted(sampler)
-            except SamplingError as error:  # the model breaks under its pilot
-                found.append(Trial(name, "any price", None, str(error)))
-                continue
-            each = trials(name, made, self.model.sde, self.asked.nfe, self.asked.tolerances)
-            found += [self._refitted(trial, sampler) for trial in each]
-        return found
+        for sampler in chosen.values():
+            if sampler.wanted:  # by another mode, which is missed before the first pilot
+                self.fitted(sampler)
+        return [trial for item in chosen.items() for trial in self._priced(*item)]
+
+    def _priced(self, name: str, sampler: Sampler) -> list[Trial]:
+        """``sampler`` at each price, with what it wants to know of the model."""
+        try:
+            made = self.fitted(sampler)
+        except SamplingError as error:  # the model breaks under its pilot
+            return [Trial(name, "any price", None, str(error))]
+        each = trials(name, made, self.model.sde, self.asked.nfe, self.asked.tolerances)
+        return [self._refitted(trial, sampler) for trial in each]
 
     def _refitted(self, trial: Trial, asked: Sampler) -> Trial:
         """Fitted to its number of steps too, which may ask for another rule."""
@@ -196,6 +200,8 @@ class Bench:
         if trial.sampler is None:
             return about | {"failed": trial.refused}
         about |= {"repr": repr(trial.sampler)}
+        grid = getattr(trial.sampler, "grid", None)
+        about |= {} if grid is None else {"grid": repr(grid)}
         about |= {"stochastic": getattr(trial.sampler, "stochastic", True)}
         began = time.monotonic()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from experiment.contenders import Trial, contenders
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.progress import progress, say
-from experiment.report import uncertain, write_report
+from experiment.report import write_report
 from experiment.run import Run
 from experiment.shards import alone
 from experiment.trackers import Safe
+from experiment.uncertainty import interval
 from sde_lib import validation
 
 
@@ -41,12 +43,13 @@ def compare(
     distance, by coordinate, from a converged solve of the same probability flow. All ends are
     denoised.
 
-    Writes ``compare/compare-<iteration>-<digest>.json``, anew after each sampler, and
-    ``figures/compare-<iteration>.png``. A sampler that fails is reported as failed.
+    Writes ``compare/compare-<iteration>-<digest>.json``, anew after each sampler, and a figure of
+    that name in ``figures``. A sampler that fails is reported as failed; what can be known to fail
+    is, before anything is drawn.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
-        samplers: Names of ``conf/sampler``.
+        samplers: Names of ``conf/sampler``, with settings after them: ``heun grid=UniformLogSNR``.
         nfe: Evaluations a sample; each sampler makes as many steps as they buy.
         tolerances: For samplers without steps.
         num_samples: Of each sampler and of the training set; of the test set as far as it goes.
@@ -68,12 +71,14 @@ def compare(
     run, model, path, iteration = run.trained()
     bench = Bench.of(run, model, data, path, asked)
     planned = bench.planned(chosen)
+    refuse_all([_why(t.name, t.asked, t.refused) for t in planned])
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         digest = hashlib.sha256(f"{asked} {run.seed} {path.absolute()}".encode()).hexdigest()[:6]
         record = run.path / "compare" / f"compare-{iteration:08d}-{digest}.json"
         about = {"iteration": iteration, "checkpoint": str(path), "seed": run.seed}
+        about |= {"begun": time.time()}
         found = measured(bench.solved(), planned, about, record)
-        picture = run.path / "figures" / f"compare-{iteration:08d}.png"
+        picture = run.path / "figures" / f"{record.stem}.png"
         tracker.image("compare", plot_comparison(found, picture), iteration)
     say(f"each interval: {record}\nfigure: {picture}\nreport: {write_report(run.path)}")
 
@@ -83,7 +88,8 @@ def _refuse_another(run: Run) -> None:
     if given:
         raise RunError(
             "mode=compare takes its samplers from mode.samplers, each with the numbers of its "
-            f"file in conf/sampler; leave out {' '.join(given)}."
+            "file in conf/sampler or those behind its name, as in mode.samplers=['ddim eta=1']; "
+            f"leave out {' '.join(given)}."
         )
 
 
@@ -95,21 +101,42 @@ def measured(
     Raises:
         RunError: If every sampler fails.
     """
-    found = {**about, **bench.about(), "results": []}
-    for line in _head(found):
+    found = {**about, "complete": False, **bench.about(), "results": []}
+    width = max(19, *(len(trial.name) for trial in planned))
+    for line in _head(found, width):
         say(line)
     record.parent.mkdir(parents=True, exist_ok=True)
+    _keep(found, record)
     for trial in progress(planned, "compare"):
         found["results"].append(bench.row(trial))
-        say(_row(found["results"][-1]))
-        write_atomically(record, json.dumps(found, indent=1).encode())
-    reasons = [row.get("failed") for row in found["results"]]
-    if all(reasons):
-        raise RunError(f"every sampler failed, the first of them so: {reasons[0]}")
+        say(_row(found["results"][-1], width))
+        _keep(found, record)
+    found["complete"] = True
+    _keep(found, record)
+    rows = found["results"]
+    refuse_all([_why(row["sampler"], row["asked"], row.get("failed", "")) for row in rows])
     return found
 
 
-def _head(found: Mapping[str, Any]) -> list[str]:
+def refuse_all(reasons: Sequence[str]) -> None:
+    """Say that there is nothing to compare, if each has a reason, "" being none.
+
+    Raises:
+        RunError: With the first of them.
+    """
+    if all(reasons):
+        raise RunError(f"every sampler failed, the first of them so: {reasons[0]}")
+
+
+def _why(name: str, asked: str, reason: str) -> str:
+    return reason and f"{name} at {asked}: {reason}"
+
+
+def _keep(found: Mapping[str, Any], record: Path) -> None:
+    write_atomically(record, json.dumps(found, indent=1).encode())
+
+
+def _head(found: Mapping[str, Any], width: int) -> list[str]:
     truth = found["reference"]
     lines = [
         f"{found['num_samples']} samples of each sampler against {found['test_samples']} of the "
@@ -120,26 +147,20 @@ def _head(found: Mapping[str, Any]) -> list[str]:
             f"endpoint error: RMS distance by coordinate of {truth['samples']} samples from "
             f"{truth['sampler']}, which is good to {truth['good_to']:.1g}"
         )
-    floor = _line("training set", "", _cells(found["floor"]), "")
-    return [*lines, "", _line("Sampler", "NFE", TITLES.values(), "s"), floor]
+    floor = _line("training set".ljust(width), "", _cells(found["floor"]), "")
+    return [*lines, "", _line("Sampler".ljust(width), "NFE", TITLES.values(), "s"), floor]
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _row(row: Mapping[str, Any], width: int) -> str:
+    name = row["sampler"].ljust(width)
     if "failed" in row:
-        return f"{row['sampler']:<19}  failed at {row['asked']}: {row['failed']}"
-    return _line(row["sampler"], str(row["nfe"]), _cells(row), f"{row['seconds']:.1f}")
+        return f"{name}  failed at {row['asked']}: {row['failed']}"
+    return _line(name, str(row["nfe"]), _cells(row), f"{row['seconds']:.1f}")
 
 
 def _line(name: str, nfe: str, cells: Iterable[str], seconds: str) -> str:
-    return f"{name:<19}{nfe:>5}" + "".join(f"{cell:>20}" for cell in cells) + f"{seconds:>7}"
+    return f"{name}{nfe:>5}" + "".join(f"{cell:>20}" for cell in cells) + f"{seconds:>7}"
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    return [_cell(row[name]) if name in row else "" for name in TITLES]
-
-
-def _cell(estimate: Mapping[str, float]) -> str:
-    """The value and half of its interval, two digits of it; small ones by powers of ten."""
-    value, half = estimate["value"], (estimate["high"] - estimate["low"]) / 2
-    small = max(abs(value), half) < 1e-3
-    return f"{value:.1e} ± {half:.1e}" if small else uncertain(value, half)
+    return [interval(row[name]) if name in row else "" for name in TITLES]

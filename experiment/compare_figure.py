@@ -24,6 +24,8 @@ SIGNED = ("energy_distance", "mmd_squared")  # without bias, and so below zero n
 COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
+LETTERS = 105  # in a line of the legend
+
 Row = Mapping[str, Any]
 
 
@@ -32,8 +34,8 @@ def plot_comparison(found: Row, path: str | Path) -> Path:
 
     Solid lines are deterministic samplers, broken ones stochastic; bars are 95 % intervals. The
     band is what training samples are from the test set: within it a sampler cannot be told from
-    the data. Measures that may be negative have a scale that is linear between the edges of the
-    band and logarithmic outside.
+    the data. Measures that may be negative have a scale that is linear up to the edge of the band,
+    which is labelled, and logarithmic outside.
 
     Args:
         found: As it stands in ``compare-*.json``.
@@ -55,7 +57,7 @@ def plot_comparison(found: Row, path: str | Path) -> Path:
             legend |= _panel(axes, measure, names, rows, found)
         known = [name for name in (*names, FLOOR) if name in legend]
         handles = [legend[name] for name in known]
-        beside = len(known) if len(known) < 6 else 4  # names have up to 19 letters
+        beside = min(len(known), max(1, LETTERS // (max(map(len, known)) + 7)))  # 7: its line
         figure.legend(handles, known, loc="outside upper center", ncols=beside)
     return Path(path)
 
@@ -66,13 +68,15 @@ def _panel(
     """One measure of all samplers; what the legend is to explain, by name."""
     shown = {}
     axes.set(xlabel="evaluations a sample", title=TITLES[measure], xscale="log", yscale="log")
+    _plain_numbers(
+        axes, sorted(map(_nfe, rows))
+    )  # first: one number alone has no range of its own
     for index, name in enumerate(names):
         own = [row for row in rows if row["sampler"] == name and measure in row]
         if own:
             # a little beside the others, so that no bar hides another
             beside = 1.1 ** ((index + 0.5) / len(names) - 0.5)
             shown[name] = _curve(axes, sorted(own, key=_nfe), measure, index, beside)
-    _plain_numbers(axes, sorted(map(_nfe, rows)))
     if measure in found["floor"]:
         shown[FLOOR] = _floor(axes, measure, found["floor"][measure])
     else:
@@ -106,16 +110,38 @@ def _curve(axes: Axes, rows: Sequence[Row], measure: str, index: int, beside: fl
 
 def _floor(axes: Axes, measure: str, floor: Row) -> Artist:
     """The band of the training set; the scale is linear within it where values change sign."""
+    edge = max(floor["high"], -floor["low"])
+    if measure in SIGNED:
+        axes.set_yscale("symlog", linthresh=edge)
+    band = axes.axhspan(floor["low"], floor["high"], color=GREY, alpha=0.25, lw=0)
+    if measure in SIGNED:
+        _mark_linear_part(axes, edge)
+    return band
+
+
+def _mark_linear_part(axes: Axes, edge: float) -> None:
+    """Labels at 0 and at the ``edge`` of the linear part of the scale, and at what is round
+    further out."""
     from matplotlib.ticker import NullLocator
 
-    if measure in SIGNED:
-        edge = max(floor["high"], -floor["low"])
-        axes.set_yscale("symlog", linthresh=edge)
-        decades = range(math.floor(math.log10(edge)) + 1, 309)
-        top = axes.get_ylim()[1]
-        axes.set_yticks([0.0, *(10.0**k for k in decades if 10.0**k <= top)])
-        axes.yaxis.set_minor_locator(NullLocator())
-    return axes.axhspan(floor["low"], floor["high"], color=GREY, alpha=0.25, lw=0)
+    low, high = axes.get_ylim()
+    low, high = min(low, 0.0), max(high, edge)  # else there could be no tick at all
+    signed = [0.0, edge, *([-edge] if low <= -edge else [])]
+    axes.set_yticks([*signed, *_round_ones(edge, high)])
+    axes.set_ylim(low, high)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda value, _: f"{float(f'{value:.2g}'):g}")
+    for end in signed[1:]:
+        axes.axhline(end, color=GREY, lw=0.8, ls=(0, (2, 2)))
+
+
+def _round_ones(edge: float, high: float) -> list[float]:
+    """1, 2, 5 times powers of ten between ``edge`` and ``high``, or over decades powers alone;
+    none so near to the edge that its label would hide that."""
+    factors, gap = ((1, 2, 5), 1.4) if high < 30 * edge else ((1,), 2.5)
+    decades = range(math.floor(math.log10(edge)), math.floor(math.log10(high)) + 1)
+    found = [factor * 10.0**k for k in decades for factor in factors]
+    return [value for value in found if gap * edge <= value <= high]
 
 
 def _doubt(axes: Axes, good_to: float) -> None:
@@ -136,10 +162,13 @@ def _doubt(axes: Axes, good_to: float) -> None:
 
 
 def _plain_numbers(axes: Axes, nfe: Sequence[int]) -> None:
-    """Ticks 1, 2, 5, 10, ... as people write them."""
-    from matplotlib.ticker import LogLocator, NullLocator
+    """Evaluations as people write them: those there are, if few and close together; else 1, 2, 5,
+    10, ..., or 1, 3, 10 where these would touch."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
+    close, wide = nfe[-1] < 3 * nfe[0], nfe[-1] >= 50 * nfe[0]
+    few = FixedLocator(sorted({nfe[0], nfe[-1]}))
     axes.set_xlim(nfe[0] / 1.25, nfe[-1] * 1.25)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(few if close else LogLocator(subs=(1, 3) if wide else (1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())

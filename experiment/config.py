@@ -191,22 +191,28 @@ def named(folder: Path, group: str, name: str) -> dict[str, Any]:
         RunError: If there is no such choice, listing those there are, the likely ones first; or
             if it names a class outside this project.
     """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """With 1e-4 as the number that hydra takes it for; YAML 1.1 asks for 1.0e-4."""
-
-    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     known = choices(folder).get(group, [])
     if name not in known:
         close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         listed = [*close, *(choice for choice in known if choice not in close)]
         raise RunError(f"unknown {group} {name!r}; choose one of {', '.join(listed)}.")
     path = folder / group / f"{name}.yaml"
-    node = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    node = read_yaml(path.read_text(encoding="utf-8"))
     check_targets(node, str(path))
     return node
+
+
+def read_yaml(text: str) -> Any:  # noqa: ANN401
+    """What ``text`` stands for, with 1e-4 as the number that hydra takes it for; YAML 1.1 asks
+    for 1.0e-4."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return yaml.load(text, Loader)
 
 
 def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str:

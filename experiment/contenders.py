@@ -9,9 +9,9 @@ from functools import partial
 
 import torch
 
-from experiment.config import named
 from experiment.errors import RunError
 from experiment.run import Run
+from experiment.variants import variant
 from sde_lib import SDE, Counted, PerSample
 from sde_lib.oracles import Gaussian
 from sde_lib.samplers import Sampler
@@ -22,7 +22,7 @@ class Trial:
     """One sampler at one price.
 
     Args:
-        name: Of the choice.
+        name: As it was asked for.
         asked: What was asked for, in words.
         sampler: With the steps that this buys; None if it buys none.
         refused: Why there is none.
@@ -34,25 +34,23 @@ class Trial:
     refused: str = ""
 
 
-def contenders(run: Run, names: Sequence[str]) -> dict[str, Sampler]:
-    """The samplers of these names, in this order, each as its file in ``conf/sampler`` says.
+def contenders(run: Run, entries: Sequence[str]) -> dict[str, Sampler]:
+    """The samplers of these entries, in this order, by their entries; see
+    :func:`experiment.variants.variant`.
 
     All of them end at E[x_0 | x], so that their ends can be compared.
 
     Raises:
-        RunError: For an unknown name, or one that comes twice.
+        RunError: For an entry that cannot be read, or one that comes twice.
     """
-    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    labels = [" ".join(str(entry).split()) for entry in entries]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise RunError(
             f"mode.samplers names {', '.join(twice)} more than once; each is compared once."
         )
-    nodes = {name: named(run.conf, "sampler", name) for name in names}
-    denoised = {"denoise": True}
-    return {
-        name: run.instantiate(node | (denoised if "denoise" in node else {}))
-        for name, node in nodes.items()
-    }
+    nodes = {label: variant(run.conf, label) for label in labels}
+    return {label: run.instantiate(node) for label, node in nodes.items()}
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from experiment.canvas import BLUE, ORANGE, new_figure, write_picture
+from experiment.canvas import BLUE, ORANGE, new_figure
 from experiment.plane_figures import plot_density, plot_path
 from experiment.record import ITERATION
-from sde_lib.validation import count
+from experiment.tiles import save_grid, save_strip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,59 +31,7 @@ __all__ = [
     "series",
 ]
 
-TILE = 48  # pixels; a digit of 8x8 needs about this much to be read on a screen
 UNITS = {"eval/bits_per_dim": "bits/dim", "eval/nll": "nats"}
-
-
-def save_grid(
-    images: Tensor,
-    path: str | Path,
-    columns: int | None = None,
-    scale: int | None = None,
-    pad: int = 2,
-) -> Path:
-    """Write images side by side as one PNG.
-
-    Args:
-        images: uint8 [N, C, H, W]. One or two channels show the first in grey, three or more the
-            first three as red, green, blue.
-        path: Where to; the folder is made.
-        columns: Images in a row; the grid is about square if not given.
-        scale: Whole-number enlargement by repetition; tiles get at least 48 pixels if not given.
-        pad: Pixels between tiles.
-
-    Raises:
-        ValueError: If images are no uint8 of that shape, there is none, or a number is below 1.
-    """
-    _check_images(images)
-    if columns is None:
-        columns = math.ceil(math.sqrt(len(images)))
-    if scale is None:
-        scale = math.ceil(TILE / max(images.shape[2:]))
-    columns = min(count("save_grid", "columns", columns), len(images))
-    scale = count("save_grid", "scale", scale)
-    pad = count("save_grid", "pad", pad, at_least=0)
-    return _save_pixels(_tile(images.detach().cpu(), columns, scale, pad), path)
-
-
-def save_strip(states: Sequence[Tensor], path: str | Path, scale: int | None = None) -> Path:
-    """Write the way from noise to data: one row a sample, one column a state.
-
-    Args:
-        states: Images uint8 [N, C, H, W], one batch a state, noise first.
-        path: Where to.
-        scale: As in ``save_grid``.
-
-    Raises:
-        ValueError: If there is no state, or the batches differ in shape.
-    """
-    if not states or len({state.shape for state in states}) != 1:
-        raise ValueError(
-            f"save_strip needs one batch of the same shape a state; got shapes "
-            f"{[tuple(state.shape) for state in states]}."
-        )
-    images = torch.stack(list(states), dim=1).flatten(0, 1)  # [N, S, ...] -> [N S, ...]
-    return save_grid(images, path, columns=len(states), scale=scale)
 
 
 def plot_loss(
@@ -264,39 +211,6 @@ def running_mean(values: Sequence[float], span: float = 0.05) -> list[float]:
     window = 2 * half + 1
     sums = [0.0, *itertools.accumulate(values)]
     return [(after - before) / window for before, after in zip(sums, sums[window:], strict=False)]
-
-
-def _check_images(images: Tensor) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or 0 in images.shape:
-        raise ValueError(
-            f"a grid needs images as uint8 [N, C, H, W], none of them 0; got "
-            f"{images.dtype} {tuple(images.shape)}; scale to 0..255 and round first."
-        )
-
-
-def _tile(images: Tensor, columns: int, scale: int, pad: int) -> Tensor:
-    """One picture [H, W] or [H, W, 3] from [N, C, H, W], pale grey between the tiles."""
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    number, channels, height, width = images.shape
-    rows = math.ceil(number / columns)
-    canvas = torch.full(
-        (channels, rows * (height + pad) + pad, columns * (width + pad) + pad),
-        225,
-        dtype=torch.uint8,
-    )
-    for index, image in enumerate(images):
-        top = pad + index // columns * (height + pad)
-        left = pad + index % columns * (width + pad)
-        canvas[:, top : top + height, left : left + width] = image
-    return canvas.permute(1, 2, 0).squeeze(-1)
-
-
-def _save_pixels(pixels: Tensor, path: str | Path) -> Path:
-    from PIL import Image
-
-    picture = Image.fromarray(pixels.contiguous().numpy())
-    return write_picture(path, lambda partial: picture.save(partial, format="PNG"))
 
 
 def _iterations(axes: Axes) -> None:

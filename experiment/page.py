@@ -1,8 +1,18 @@
-"""The frame of a page: HTML head and style by hand, light and dark, phone and paper."""
+"""The frame of a page: HTML head and style by hand, light and dark, phone and paper; its parts."""
 
 from __future__ import annotations
 
+import base64
+import json
+import logging
+import math
 from html import escape
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --soft: #5b6472; --ground: #fff;
@@ -33,6 +43,8 @@ th, td { text-align: right; padding: .4rem .75rem .4rem 0; white-space: nowrap;
   border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
 th:last-child { text-align: left; }
+td.name, table.named th:first-child { text-align: left; } td.name { white-space: normal; }
+table.named th:last-child { text-align: right; }
 td.text { text-align: left; white-space: normal; min-width: 18rem; }
 @media (max-width: 40rem) { td.text { min-width: 36rem; } }
 @media print { body { max-width: none; padding: 0; font-size: 11pt; }
@@ -58,3 +70,38 @@ def page(title: str, body: str) -> str:
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}</body>\n</html>\n"
     )
+
+
+def picture(path: Path, alt: str) -> str:
+    """The picture as HTML; nothing if it is no PNG, or cut short."""
+    content = path.read_bytes() if path.is_file() else b""
+    if not (content.startswith(PNG) and content.endswith(PNG_END)):
+        return ""
+    data = base64.b64encode(content).decode()
+    kind = ' class="pixels"' if path.parent.name == "samples" else ""
+    return (
+        f'<figure><img{kind} src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+        f"<figcaption>{escape(alt)}</figcaption></figure>\n"
+    )
+
+
+def plain(text: str, kind: str = "plain") -> str:
+    """A paragraph; nothing for no text."""
+    return f'<p class="{kind}">{escape(text)}</p>\n' if text else ""
+
+
+def load(path: Path, kind: type) -> Any:  # noqa: ANN401
+    """The JSON in ``path`` if it is of ``kind``, else an empty one."""
+    if not path.exists():
+        return kind()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        log.warning("%s is no JSON; the report leaves it out.", path)
+        return kind()
+    return content if isinstance(content, kind) else kind()
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)

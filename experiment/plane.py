@@ -10,6 +10,7 @@ from torch import Tensor
 from experiment.data import Dataset
 from experiment.figures import plot_density, plot_path
 from experiment.plane_figures import Extent
+from experiment.way import Frame, labels
 from likelihood import Exact, FixedGrid, log_likelihood
 from likelihood.standardize import Standardization
 from score_models import ScoreModel
@@ -18,6 +19,7 @@ from sde_lib import probability_flow
 # sigma / alpha at which the score field is drawn: small, and smooth enough to see
 SHOWN_NOISE = 0.1
 PANELS = 6  # of the way from noise to samples
+DRAWN = 400  # points in each
 # points along a side; each costs a likelihood, so that twice as many take four times as long
 RESOLUTION = 64
 # the density is off by some hundredths of its largest value, which no eye sees
@@ -25,16 +27,16 @@ ROUGH = FixedGrid(24, halve=False)
 
 
 def draw_plane(
-    folder: Path, iteration: int, model: ScoreModel, data: Dataset, states: list[Tensor]
+    folder: Path, name: str, model: ScoreModel, data: Dataset, way: list[Frame]
 ) -> Path:
-    """Write ``density-<iteration>.png`` and ``path-<iteration>.png`` into ``folder``.
+    """Write ``density-<name>.png`` and ``path-<name>.png`` into ``folder``.
 
     Args:
         folder: Made if it is not there.
-        iteration: In the names.
+        name: What the names of the files end with.
         model: In evaluation mode.
         data: 2-D. Of K levels, level v is drawn as its bin [v, v + 1].
-        states: The way from noise to samples in model units, each [N, 2].
+        way: From noise to samples, states [N, 2] in model units.
     """
     units, device = _affine(data), next(model.parameters()).device
     flow = probability_flow(model.sde, model.score)
@@ -50,26 +52,38 @@ def draw_plane(
         return model.score(units.encode(values).to(device), time).cpu() / units.scale
 
     generator = torch.Generator().manual_seed(0)
-    test = units.decode(data.units.encode(data.test, generator))
-    picture = folder / f"density-{iteration:08d}.png"
+    encoded = data.units.encode(data.test, generator)
+    test, samples = units.decode(encoded), units.decode(way[-1].x.cpu())
+    picture = folder / f"density-{name}.png"
     plot_density(
         log_prob,
-        units.decode(states[-1].cpu()),
-        test[: len(states[-1])],
+        samples,
+        test[: len(samples)],
         score,
         data.log_density,
         _extent(test),
         picture,
         resolution=RESOLUTION,
     )
-    last = len(states) - 1
-    shown = sorted({round(i * last / (PANELS - 1)) for i in range(PANELS)})
+    last = len(way) - 1
+    shown = [way[i] for i in sorted({round(i * last / (PANELS - 1)) for i in range(PANELS)})]
+    data_on_the_way = [
+        units.decode(noised(encoded[:DRAWN], model, frame, generator)) for frame in shown[:-1]
+    ]
     plot_path(
-        [units.decode(states[i][:400].cpu()) for i in shown],
-        folder / f"path-{iteration:08d}.png",
-        ["samples" if i == last else f"{i / last:.0%} of the steps" for i in shown],
+        [units.decode(frame.x[:DRAWN].cpu()) for frame in shown],
+        folder / f"path-{name}.png",
+        [*(f"sigma/alpha {label}" for label in labels(shown)[:-1]), "samples"],
+        truth=[*data_on_the_way, test[:DRAWN]],
     )
     return picture
+
+
+def noised(x0: Tensor, model: ScoreModel, frame: Frame, generator: torch.Generator) -> Tensor:
+    """Data ``x0`` [N, ...] at the noise of ``frame``."""
+    level = model.sde.level(torch.tensor(frame.t, dtype=torch.float64))
+    noise = torch.randn(x0.shape, generator=generator)
+    return (level.alpha * x0 + level.sigma * noise).to(x0.dtype)
 
 
 def _affine(data: Dataset) -> Standardization:

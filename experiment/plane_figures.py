@@ -60,7 +60,11 @@ def plot_density(
 
 
 def plot_path(
-    states: Sequence[Tensor], path: str | Path, labels: Sequence[str] | None = None
+    states: Sequence[Tensor],
+    path: str | Path,
+    labels: Sequence[str] | None = None,
+    *,
+    truth: Sequence[Tensor] | None = None,
 ) -> Path:
     """Write the way from noise to data for points in the plane: one panel a state.
 
@@ -69,6 +73,8 @@ def plot_path(
             the noise of a VE process is far wider than the data; it is written below.
         path: Where to.
         labels: A title a panel, for example ``t = 0.5``.
+        truth: Where the data are at the same noise, [M, 2] a state: grey, behind the points.
+            Without it a panel of one point has no range, and its coordinates are written.
 
     Raises:
         ValueError: If there is no state, or one does not hold points in the plane.
@@ -81,14 +87,16 @@ def plot_path(
     with new_figure(path, 1.9 * len(states), 2.1) as figure:
         panels = figure.subplots(1, len(states), squeeze=False)[0]
         for index, (axes, state) in enumerate(zip(panels, states, strict=True)):
+            if truth is not None:
+                _scatter(axes, truth[index], GREY)
             _scatter(axes, state, BLUE)
             axes.set(xticks=[], yticks=[], aspect="equal", adjustable="datalim")
             axes.spines[:].set_visible(True)
             axes.set_title(
                 labels[index] if labels else f"state {index + 1} of {len(states)}", fontsize=9
             )
-            low, high = _range(state)
-            axes.set_xlabel(f"{low:.3g} to {high:.3g}", fontsize=9)
+            everything = state if truth is None else torch.cat([state, truth[index].to(state)])
+            axes.set_xlabel(_written_range(everything), fontsize=9)
     return Path(path)
 
 
@@ -182,10 +190,13 @@ def _scatter(axes: Axes, points: Tensor, color: str, label: str | None = None) -
     )
 
 
-def _range(points: Tensor) -> tuple[float, float]:
-    """The smallest and the largest finite coordinate along x."""
+def _written_range(points: Tensor) -> str:
+    """From the smallest to the largest finite coordinate along x; of one point, where it is."""
     x = points[:, 0][points[:, 0].isfinite()]
-    return (float(x.min()), float(x.max())) if len(x) else (math.nan, math.nan)
+    if len(points) == 1:
+        return "({:.3g}, {:.3g})".format(*points[0].tolist())
+    low, high = (float(x.min()), float(x.max())) if len(x) else (math.nan, math.nan)
+    return f"{low:.3g} to {high:.3g}"
 
 
 def _plane(axes: Axes, extent: Extent, title: str) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
-import logging
-import math
 import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +11,12 @@ from typing import Any
 
 from experiment import figures
 from experiment.canvas import write_picture
+from experiment.exhibits import comparison, samples
 from experiment.ledger import is_own
-from experiment.page import page
+from experiment.page import is_number, load, page, picture, plain
 from experiment.record import ITERATION, Record
 from experiment.settings import UNITS
-
-log = logging.getLogger(__name__)
+from experiment.uncertainty import uncertain
 
 Row = Mapping[str, Any]
 FINEST = {
@@ -37,7 +33,6 @@ COLUMNS = {
     "how": "how",
 }
 HOW = ("sde", "how", "note", "checkpoint")
-PNG, PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -45,9 +40,8 @@ def write_report(run_dir: str | Path) -> Path:
 
     Read: ``metrics.jsonl``, ``config.yaml``, ``run.json`` (name, created, command, versions,
     state; optionally entropy), ``likelihood.json`` (a list of evaluations; each may carry the
-    entropy of the data), and the newest by iteration of ``samples/grid-*.png``,
-    ``samples/strip-*.png``, ``figures/path-*.png``, ``figures/density-*.png`` and
-    ``figures/compare-*.png``.
+    entropy of the data), and of ``samples/``, ``figures/`` and ``compare/`` what
+    :mod:`experiment.exhibits` says.
     Written: ``report.html`` and in ``figures/``: ``loss.png``, ``bits.png``, ``information.png``,
     ``rate-distortion.png``. Pictures are embedded; the page loads nothing and runs no script.
 
@@ -61,12 +55,16 @@ def write_report(run_dir: str | Path) -> Path:
         OSError: If the page cannot be written.
     """
     run_dir = Path(run_dir)
-    rows = [row for row in Record.read(run_dir) if _number(row.get(ITERATION))]
-    about = _load(run_dir / "run.json", dict)
-    evaluations = [row for row in _load(run_dir / "likelihood.json", list) if _complete(row)]
+    rows = [row for row in Record.read(run_dir) if is_number(row.get(ITERATION))]
+    about = load(run_dir / "run.json", dict)
+    evaluations = [row for row in load(run_dir / "likelihood.json", list) if _complete(row)]
     newest = _newest(evaluations, rows)
     entropy = next(
-        (source["entropy"] for source in (newest or {}, about) if _number(source.get("entropy"))),
+        (
+            source["entropy"]
+            for source in (newest or {}, about)
+            if is_number(source.get("entropy"))
+        ),
         None,
     )
     floor = entropy if newest is not None and newest["metric"] == "nll" else None
@@ -81,24 +79,12 @@ def write_report(run_dir: str | Path) -> Path:
         lambda path: figures.plot_loss(rows, path),
     )
     sections = {
-        "Samples": _newest_picture(run_dir, "samples/grid", "Samples of the model"),
-        "From noise to data": (
-            _newest_picture(run_dir, "samples/strip", "Samples on their way, one a row")
-            + _newest_picture(run_dir, "figures/path", "Points on their way")
-        ),
-        "Density, score and samples": _newest_picture(
-            run_dir, "figures/density", "What was learnt"
-        ),
-        "Samplers compared": _newest_picture(
-            run_dir,
-            "figures/compare",
-            "Quality by evaluations of the network; bars are 95 % intervals, the band is how far "
-            "training samples are from the test set",
-        ),
-        "Likelihood": bits or _plain("No evaluation yet."),
+        **samples(run_dir),
+        "Samplers compared": comparison(run_dir),
+        "Likelihood": bits or plain("No evaluation yet."),
         "Where the bits are": _information(run_dir, evaluations),
         "Three estimates of one likelihood": _bounds(run_dir, evaluations),
-        "Training loss": loss or _plain("No loss logged yet."),
+        "Training loss": loss or plain("No loss logged yet."),
         "All evaluations": _table(evaluations),
         "How to go on": _commands(str(about.get("command") or "")),
         "Configuration": _config(run_dir),
@@ -117,18 +103,6 @@ def write_report(run_dir: str | Path) -> Path:
     )
 
 
-def uncertain(value: float, error: float | None) -> str:
-    """``value`` ± ``error`` with two digits of the error, as in 1.812 ± 0.013.
-
-    Without a known error > 0 there is the value alone, with four digits.
-    """
-    if not _number(error) or error < 1e-12:
-        return f"{value:.4g}" if abs(value) < 9999.5 else f"{value:.0f}"
-    digits = 1 - int(f"{error:.1e}".partition("e")[2])  # of the rounded error: 0.0996 is 0.10
-    places = max(0, digits)
-    return f"{round(value, digits):z.{places}f} ± {round(error, digits):.{places}f}"
-
-
 def go_on(command: str) -> dict[str, str]:
     """What to type next, from the ``command`` that began the run: its choices, other modes."""
     try:
@@ -143,6 +117,8 @@ def go_on(command: str) -> dict[str, str]:
         "Train on, or resume after a stop": f"{base} mode=train",
         "Likelihood of the newest checkpoint": f"{base} mode=likelihood",
         "Samples of the newest checkpoint": f"{base} mode=sample",
+        "Samplers of it compared, by what they cost": f"{base} mode=compare",
+        "What sampler=analytic_ddpm and its like want to know of it": f"{base} mode=calibrate",
     }
 
 
@@ -150,7 +126,7 @@ def _headline(
     name: str, about: Row, rows: Sequence[Row], newest: Row | None, entropy: float | None
 ) -> str:
     if newest is None:
-        result = _plain("No evaluation yet.")
+        result = plain("No evaluation yet.")
     else:
         unit = UNITS[newest["metric"]]
         result = (
@@ -159,7 +135,7 @@ def _headline(
         )
         if newest["metric"] == "nll" and entropy is not None:
             gap = uncertain(newest["value"] - entropy, newest.get("standard_error"))
-            result += _plain(
+            result += plain(
                 f"Entropy of the data: {entropy:.4f} nats; the model is {gap} above it."
             )
     return f"<header><h1>{escape(name)}</h1>\n{result}{_facts(about, rows)}</header>\n"
@@ -168,7 +144,7 @@ def _headline(
 def _test_set(evaluation: Row) -> str:
     """What was evaluated; a row of the record does not say how much of the test set."""
     number = evaluation.get("num_samples")
-    if not _number(number):
+    if not is_number(number):
         return "test set or a part of it"
     return f"test set ({_grouped(number)} samples)"
 
@@ -185,7 +161,7 @@ def _facts(about: Row, rows: Sequence[Row]) -> str:
         f"begun {about['created']}" if about.get("created") else "",
         ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
     ]
-    return _plain(" · ".join(fact for fact in facts if fact), "facts")
+    return plain(" · ".join(fact for fact in facts if fact), "facts")
 
 
 def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
@@ -202,19 +178,19 @@ def _newest(evaluations: Sequence[Row], rows: Sequence[Row]) -> Row | None:
         }
         for row in rows
         for metric in UNITS
-        if _number(row.get(f"eval/{metric}"))
+        if is_number(row.get(f"eval/{metric}"))
     ]
     own = [row for row in evaluations if is_own(row)]
     return max(
         [*own[::-1], *logged[::-1]],  # max keeps the first of equals
-        key=lambda row: (row["iteration"], _number(n := row.get("num_samples")) and n),
+        key=lambda row: (row["iteration"], is_number(n := row.get("num_samples")) and n),
         default=None,
     )
 
 
 def _table(evaluations: Sequence[Row]) -> str:
     if not evaluations:
-        return _plain("No full evaluation yet; `mode=likelihood` makes one.")
+        return plain("No full evaluation yet; `mode=likelihood` makes one.")
     head = "".join(f"<th>{escape(title)}</th>" for title in COLUMNS.values())
     lines = ("".join(_cell(row, key) for key in COLUMNS) for row in evaluations[::-1])
     body = "\n".join(f"<tr>{line}</tr>" for line in lines)
@@ -264,7 +240,7 @@ def _bounds(run_dir: Path, evaluations: Sequence[Row]) -> str:
         f"<tr><td>{escape(name)}</td><td>{uncertain(*value)} {unit}</td></tr>"
         for name, value in bounds["values"].items()
     )
-    order = _plain(f"T = {bounds['steps']}; {bounds['order']}".replace("\n", "; "))
+    order = plain(f"T = {bounds['steps']}; {bounds['order']}".replace("\n", "; "))
     curve = _figure(
         run_dir / "figures" / "rate-distortion.png",
         "Bits sent so far against the error of what can be made of them",
@@ -288,7 +264,7 @@ def _commands(command: str) -> str:
 def _config(run_dir: Path) -> str:
     path = run_dir / "config.yaml"
     if not path.exists():
-        return _plain("No config.yaml in this directory.")
+        return plain("No config.yaml in this directory.")
     return f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>\n"
 
 
@@ -297,67 +273,20 @@ def _figure(path: Path, alt: str, draw: Callable[[Path], object]) -> str:
     try:
         draw(path)
     except ImportError as error:
-        return _plain(f"Not drawn: {error}; `pip install matplotlib` adds the figures.")
+        return plain(f"Not drawn: {error}; `pip install matplotlib` adds the figures.")
     except ValueError:
         return ""
-    return _picture(path, alt)
-
-
-def _newest_picture(run_dir: Path, stem: str, alt: str) -> str:
-    """The picture ``<stem>-<iteration>.png`` of the highest iteration that is a whole PNG."""
-    found = []
-    for path in (run_dir / stem).parent.glob(f"{Path(stem).name}-*.png"):
-        number = re.fullmatch(r"\d+", path.stem.rpartition("-")[2])
-        if number:
-            found.append((int(number[0]), path))
-    for iteration, path in sorted(found, reverse=True):
-        picture = _picture(path, f"{alt}, iteration {iteration}")
-        if picture:
-            return picture
-    return ""
-
-
-def _picture(path: Path, alt: str) -> str:
-    """The picture as HTML; nothing if it is no PNG, or cut short."""
-    content = path.read_bytes() if path.is_file() else b""
-    if not (content.startswith(PNG) and content.endswith(PNG_END)):
-        return ""
-    data = base64.b64encode(content).decode()
-    kind = ' class="pixels"' if path.parent.name == "samples" else ""
-    return (
-        f'<figure><img{kind} src="data:image/png;base64,{data}" alt="{escape(alt)}">'
-        f"<figcaption>{escape(alt)}</figcaption></figure>\n"
-    )
-
-
-def _plain(text: str, kind: str = "plain") -> str:
-    return f'<p class="{kind}">{escape(text)}</p>\n' if text else ""
-
-
-def _load(path: Path, kind: type) -> Any:  # noqa: ANN401
-    """The JSON in ``path`` if it is of ``kind``, else an empty one."""
-    if not path.exists():
-        return kind()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        log.warning("%s is no JSON; the report leaves it out.", path)
-        return kind()
-    return content if isinstance(content, kind) else kind()
+    return picture(path, alt)
 
 
 def _complete(row: object) -> bool:
     return (
         isinstance(row, dict)
         and row.get("metric") in list(UNITS)  # a list: what was read need not be hashable
-        and _number(row.get("value"))
-        and _number(row.get("iteration"))
+        and is_number(row.get("value"))
+        and is_number(row.get("iteration"))
     )
 
 
 def _grouped(number: float) -> str:
     return f"{number:,.0f}".replace(",", " ")
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

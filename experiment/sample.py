@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from experiment import figures
+from experiment.checkpoint import write_atomically
+from experiment.config import choices
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.fitted import fitted
@@ -23,6 +26,7 @@ from experiment.run import Run
 from experiment.seeds import sample_paths
 from experiment.shards import first_alone, gathered, halving, rank, share
 from experiment.trackers import NoTracker, Safe
+from experiment.way import Frame, frames, labels
 from score_models import ScoreModel, faster
 from score_models.acceleration import PRECISIONS
 from sde_lib import Counted, PerSample, validation
@@ -73,20 +77,19 @@ def sample(
     tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
-    like, asked_for = torch.zeros(1, *data.shape, device=run.device()), repr(sampler)
+    like, asked_for = torch.zeros(1, *data.shape, device=run.device()), sampler
     quick, place = faster(model, precision=precision, compile=compile), run.path / "fitted"
     sampler = first_alone(
         lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
     )
     sampler = Captured(sampler) if cuda_graph else sampler
-    model = quick
 
     def drawn(rows: range) -> Drawn:
-        score = Counted(model.score)
+        score = Counted(quick.score)
         streams = sample_paths(run.seed, "samples", rows, run.device(), temperature=temperature)
-        states = draw(score, model, sampler, data.shape, streams)
-        shown = [state.cpu() for state in states] if rows.start == 0 else []
-        return Drawn(states[-1].cpu(), streams.seeds, score.nfe, shown)
+        way = draw(score, quick, sampler, data.shape, streams)
+        shown = [frame._replace(x=frame.x.cpu()) for frame in way] if rows.start == 0 else []
+        return Drawn(way[-1].x.cpu(), streams.seeds, score.nfe, shown)
 
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         began = time.monotonic()
@@ -98,32 +101,57 @@ def sample(
             return  # the first process has all samples and writes them
         seconds, nfe = time.monotonic() - began, max(part.nfe for part in parts)
         values = data.units.decode(torch.cat([part.samples for part in parts]))
-        asked = f"{asked_for} {run.seed} {num_samples} {path.absolute()}"
+        asked = f"{asked_for!r} {run.seed} {num_samples} {path.absolute()}"
         if (temperature, precision) != (1.0, "float32"):
             asked += f" {temperature} {precision}"
         digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
-        kind = f"{asked_for.partition('(')[0].lower()}-{nfe}"
-        array = run.path / "samples" / f"samples-{iteration:08d}-{kind}-{digest}.npz"
-        array.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            array,
-            samples=values.numpy(),
-            seeds=np.array([seed for part in parts for seed in part.seeds], dtype=np.uint64),
-            nfe=nfe,
-            seconds=seconds,
-            sampler=asked_for,
-            temperature=temperature,
-            precision=precision,
-            checkpoint=str(path),
-        )
+        about = {
+            "iteration": iteration,
+            "sampler": called(run, asked_for),
+            "steps": getattr(asked_for, "steps", None),
+            "eta": getattr(asked_for, "eta", None),
+            "nfe": nfe,
+            "num_samples": num_samples,
+            "temperature": temperature,
+            "precision": precision,
+            "seconds": seconds,
+            "repr": repr(asked_for),
+            "checkpoint": str(path),
+        }
+        name = f"{iteration:08d}-{about['sampler']}-{nfe}-{digest}"
+        array = run.path / "samples" / f"samples-{name}.npz"
+        keep(values, [seed for part in parts for seed in part.seeds], about, array)
         say(
             f"{num_samples} samples by {asked_for}, {nfe} evaluations each, "
             f"{seconds:.1f} s: {array}"
         )
-        picture = draw_pictures(run, model, data, iteration, values, parts[0].states)
+        # of the model as it was loaded: a compiled network has no second derivatives
+        picture = draw_pictures(run.path, name, model, data, values, parts[0].way)
+        note = json.dumps(about | {"drawn": time.time()}, indent=1)
+        write_atomically(array.with_suffix(".json"), note.encode())
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
     say(f"report: {write_report(run.path)}")
+
+
+def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path) -> None:
+    """Write samples in data units with their seeds and what they are of as ``path``, an npz."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = ("nfe", "seconds", "temperature", "precision", "checkpoint")
+    np.savez(
+        path,
+        samples=values.numpy(),
+        seeds=np.array(seeds, dtype=np.uint64),
+        sampler=about["repr"],
+        **{key: about[key] for key in known},
+    )
+
+
+def called(run: Run, sampler: Sampler) -> str:
+    """The choice of ``sampler=NAME`` if one was made, else the class in small letters."""
+    known = choices(run.conf).get("sampler", [])
+    given = [o.partition("=")[2] for o in run.overrides if o.startswith("sampler=")]
+    return next((name for name in given[::-1] if name in known), type(sampler).__name__.lower())
 
 
 def refuse_graph_on(device: torch.device) -> None:
@@ -139,12 +167,12 @@ def refuse_graph_on(device: torch.device) -> None:
 
 
 class Drawn(NamedTuple):
-    """Some samples [B, ...] on the CPU, in model units; states on the way of the first of all."""
+    """Some samples [B, ...] on the CPU, in model units; the way of the first of all."""
 
     samples: Tensor
     seeds: list[int]
     nfe: int
-    states: list[Tensor]
+    way: list[Frame]
 
 
 @torch.no_grad()
@@ -154,8 +182,8 @@ def draw(
     sampler: Sampler,
     shape: tuple[int, ...],
     streams: PerSample,
-) -> list[Tensor]:
-    """Eleven states on the way from the prior to the samples, each [B, ...].
+) -> list[Frame]:
+    """The way from the prior to the samples, see :func:`experiment.way.frames`.
 
     Raises:
         SamplingError: If the samples are not finite.
@@ -164,20 +192,9 @@ def draw(
         (len(streams.seeds), *shape), generator=streams, device=streams.device
     )
     trajectory = sampler.trajectory(score, model.sde, start, generator=streams)
-    kept, end = thinned((x for _, x in progress(trajectory, "samples")), 40)
-    check_samples(sampler, score, model.sde, start, end)
-    return [kept[round(i * (len(kept) - 1) / 10)] for i in range(10)] + [end]
-
-
-def thinned(states: Iterable[Tensor], most: int) -> tuple[list[Tensor], Tensor]:
-    """At most ``most`` evenly spaced ``states``, and the last: a thousand would not fit."""
-    kept, stride, end = [], 1, None
-    for i, end in enumerate(states):  # noqa: B007
-        if i % stride == 0:
-            kept.append(end)
-        if len(kept) > most:
-            kept, stride = kept[::2], 2 * stride
-    return kept, end
+    way = frames(progress(trajectory, "samples"), model.sde)
+    check_samples(sampler, score, model.sde, start, way[-1].x)
+    return way
 
 
 def draw_and_save(
@@ -188,30 +205,35 @@ def draw_and_save(
         return None
     count = count if len(data.shape) == 3 else max(count, 2000)
     streams = sample_paths(run.seed, "samples", range(count), run.device())
-    states = draw(Counted(model.score), model, sampler, data.shape, streams)
-    return draw_pictures(run, model, data, iteration, data.units.decode(states[-1].cpu()), states)
+    way = draw(Counted(model.score), model, sampler, data.shape, streams)
+    values = data.units.decode(way[-1].x.cpu())
+    return draw_pictures(run.path, f"{iteration:08d}", model, data, values, way)
 
 
 def draw_pictures(
-    run: Run,
-    model: ScoreModel,
-    data: Dataset,
-    iteration: int,
-    values: Tensor,
-    states: list[Tensor],
+    folder: Path, name: str, model: ScoreModel, data: Dataset, values: Tensor, way: list[Frame]
 ) -> Path | None:
-    """Grid and strip of images, density and path of points in the plane; None for other data."""
+    """Grid and strip of images, density and path of points in the plane; None for other data.
+
+    Args:
+        folder: Of the run.
+        name: What the names of the files end with.
+        model: In evaluation mode, as it was loaded.
+        data: What it was trained on.
+        values: Samples in data units.
+        way: Of some of them.
+    """
     if data.shape == (2,):
-        return draw_plane(run.path / "figures", iteration, model, data, states)
+        return draw_plane(folder / "figures", name, model, data, way)
     if len(data.shape) != 3:
         return None
-    folder = run.path / "samples"
+    folder = folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    grid = folder / f"grid-{iteration:08d}.png"
+    grid = folder / f"grid-{name}.png"
     figures.save_grid(to_bytes(values, data), grid)
-    shown = [_visible(state[:STRIP]) for state in states[:-1]] + [states[-1][:STRIP]]
+    shown = [_visible(frame.x[:STRIP]) for frame in way[:-1]] + [way[-1].x[:STRIP]]
     steps = [to_bytes(data.units.decode(state.cpu()), data) for state in shown]
-    figures.save_strip(steps, folder / f"strip-{iteration:08d}.png")
+    figures.save_strip(steps, folder / f"strip-{name}.png", labels=labels(way))
     return grid
 
 

@@ -214,6 +214,13 @@ def test_likelihood_and_sample_use_the_newest_checkpoint_of_the_run(trained):
     )
     assert drawn.returncode == 0, drawn.stderr
     (file,) = (the_run(folder) / "samples").glob("samples-00000006-ddim-4-*.npz")
+    about = f"{file.stem.partition('-')[2]}.png"
+    assert {path.name for path in file.parent.glob("*-ddim-*.png")} == {
+        f"grid-{about}",
+        f"strip-{about}",
+    }
+    page = (the_run(folder) / "report.html").read_text()
+    assert "iteration 6: ddim, 3 steps, 4 evaluations, eta 0" in page
     samples = np.load(file)
     assert samples["samples"].shape == (5, 1, 8, 8) and samples["samples"].dtype == np.uint8
     assert int(samples["nfe"]) == 4 and len(samples["seeds"]) == 5
@@ -779,8 +786,10 @@ def test_samplers_are_compared_in_table_record_figure_and_page(trained, tmp_path
     assert "takes 21 evaluations at least" in result.stdout
     assert spent[5:] == [("dpmpp_sde", 4), ("dpmpp_sde", 9)]
     assert found["reference"]["samples"] == 20 and found["seed"] == 0
-    assert (home / "figures/compare-00000006.png").read_bytes().startswith(b"\x89PNG")
-    assert "Quality by evaluations of the network" in (home / "report.html").read_text()
+    assert found["complete"] and found["results"][0]["grid"] == "Karras(power=7.0)"
+    assert (home / f"figures/{record.stem}.png").read_bytes().startswith(b"\x89PNG")
+    page = (home / "report.html").read_text()
+    assert "Quality by evaluations of the network" in page and ">annealed_langevin, failed" in page
 
     uncalibrated = run(*asked, "mode.samplers=[analytic_ddpm]", cwd=folder)
     refused(uncalibrated, "analytic variance", "mode=calibrate")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -18,18 +20,20 @@ from torch.testing import assert_close
 import run as entry
 from experiment import compare_figure
 from experiment.bench import Asked, Bench
-from experiment.compare import measured
+from experiment.compare import compare, measured, refuse_all
 from experiment.compare_figure import TITLES, plot_comparison
-from experiment.config import named
+from experiment.config import named, walk
 from experiment.contenders import Trial, contenders, evaluations, spending, trials
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.run import Run
 from experiment.sample import draw
 from experiment.seeds import sample_paths
+from experiment.trackers import NoTracker
+from experiment.variants import named_grids
 from sde_lib import VESDE, VPSDE, Counted, DiscreteSDE
 from sde_lib.distances import energy_distance, median_bandwidths
-from sde_lib.grids import Subsequence
+from sde_lib.grids import Subsequence, UniformLogSNR
 from sde_lib.oracles import Gaussian
 from sde_lib.samplers import (
     DDIM,
@@ -38,6 +42,7 @@ from sde_lib.samplers import (
     DPMSolver,
     FlowAdams,
     Heun,
+    LangevinCorrector,
     OneStepSampler,
 )
 
@@ -191,7 +196,7 @@ def test_samples_are_those_of_mode_sample_whatever_the_batch(bench, sampler):
     parts, _ = replace(bench, asked=replace(ASKED, batch_size=7)).draw(sampler, 30)
     streams = sample_paths(5, "samples", range(30))
     score = Counted(bench.model.score)
-    drawn = draw(score, bench.model, sampler, (3,), streams)[-1]
+    drawn = draw(score, bench.model, sampler, (3,), streams)[-1].x
 
     assert torch.equal(whole, parts) and torch.equal(whole, drawn)
     assert nfe == score.nfe
@@ -248,7 +253,7 @@ def test_a_sampler_that_fails_at_one_price_is_reported_and_the_others_go_on(
 def test_if_every_sampler_fails_there_is_one_reason_given(bench, tmp_path):
     planned = [Trial("breaks", "4 steps", Breaks(4)), Trial("none", "1", None, "takes 9")]
 
-    with pytest.raises(RunError, match="every sampler failed, the first of them so: Breaks"):
+    with pytest.raises(RunError, match="every sampler failed.*breaks at 4 steps: Breaks"):
         measured(bench, planned, {}, tmp_path / "record.json")
     assert len(json.loads((tmp_path / "record.json").read_text())["results"]) == 2
 
@@ -283,6 +288,24 @@ def asking(*overrides, mode=()):
             r"unknown sampler 'huen'; choose one of heun, .*adaptive, .*unipc",
         ),
         (["mode.samplers=[heun,ddim,heun]"], "names heun more than once"),
+        (["mode.samplers=['ddim eta']"], "'eta' in 'ddim eta' is no setting; write key=value"),
+        (
+            ["mode.samplers=['ddim etta=1']"],
+            "'etta' cannot be set in 'ddim etta=1', since there is no such key; there are: "
+            "eta, grid.",
+        ),
+        (
+            ["mode.samplers=['corrector_only corrector=1']"],
+            "no such key; there are: corrections, corrector.snr, corrector.scale, grid.",
+        ),
+        (["mode.samplers=['ddim steps=9']"], "since steps are what mode.nfe buys; there are: eta"),
+        (["mode.samplers=['ddim denoise=no']"], "since every sampler ends denoised"),
+        (["mode.samplers=['adaptive rtol=1']"], "are those of mode.tolerances; there are: method"),
+        (["mode.samplers=['ddim _target_=os.system']"], "there is no such key"),
+        (["mode.samplers=['ddim grid=karras']"], "unknown grid 'karras' .*choose of Karras, Qua"),
+        (["mode.samplers=['ddim eta=[']"], r"'\[' in 'ddim eta=\[' is no YAML value"),
+        (["mode.samplers=['ddim eta=-1']"], "eta.* >= 0"),
+        (["mode.samplers=['ddim eta=1','ddim  eta=1']"], "names ddim eta=1 more than once"),
         (["mode.nfe=[]"], "list of nfe"),
         (["mode.nfe=[5,0]"], "each nfe to be a whole number >= 1; got each nfe=0"),
         (["mode.nfe=[5,7.5]"], "each nfe to be a whole number >= 1; got each nfe=7.5"),
@@ -292,7 +315,7 @@ def asking(*overrides, mode=()):
         (["mode.endpoints=1"], "endpoints to be a whole number >= 2"),
         (["mode.reference_steps=9"], "reference_steps to be a whole number >= 10"),
         (["mode.batch_size=0"], "batch_size to be a whole number >= 1"),
-        (["sampler=heun"], "takes its samplers from mode.samplers.*leave out sampler=heun"),
+        (["sampler=heun"], r"samplers=\['ddim eta=1'\]; leave out sampler=heun"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_a_sentence(overrides, words):
@@ -321,6 +344,118 @@ def test_samplers_end_denoised_whatever_their_file_says(tmp_path):
     given = SimpleNamespace(conf=tmp_path, instantiate=entry.instantiate)
 
     assert contenders(given, ["plain"])["plain"].denoise
+
+
+def given(*entries):
+    return contenders(SimpleNamespace(conf=entry.CONF, instantiate=entry.instantiate), entries)
+
+
+def test_settings_after_a_name_are_those_of_the_command_line():
+    entries = {
+        "ddim": DDIM(50),
+        "ddim eta=1": DDIM(50, eta=1.0),
+        "ancestral variance=forward grid=UniformLogSNR": Ancestral(
+            200, UniformLogSNR(), variance="forward"
+        ),
+        "flow_adams grid=null order=2": FlowAdams(20, order=2),
+        "corrector_only corrector.snr=1e-1": replace(
+            given("corrector_only")["corrector_only"], corrector=LangevinCorrector(snr=0.1)
+        ),
+    }
+
+    assert given(*entries) == entries
+
+
+@pytest.mark.parametrize("choice", GROUPS["sampler"])
+def test_every_number_of_a_file_can_be_set_to_what_it_is(choice):
+    node = named(entry.CONF, "sampler", choice)
+    set_here = {"steps", "denoise"} | ({"rtol", "atol"} if "steps" not in node else set())
+    words = [
+        f"{key}={'null' if value is None else value}"
+        for key, value in walk(node)
+        if not isinstance(value, dict) and "_target_" not in key
+        and not key.startswith("grid.") and key not in set_here
+    ]  # fmt: skip
+
+    (one,) = given(choice).values()
+    (other,) = given(" ".join([choice, *words])).values()
+    assert repr(one) == repr(other)
+
+
+def test_a_grid_is_named_and_every_one_that_needs_nothing_can_be():
+    assert named_grids() == ["Karras", "Quadratic", "Subsequence", "UniformLogSNR", "UniformTime"]
+    for name in named_grids():
+        (sampler,) = given(f"heun grid={name}").values()
+        assert type(sampler.grid).__name__ == name
+
+
+def test_variants_have_rows_of_their_own_with_their_grids(bench, tmp_path, capsys):
+    label = "ancestral variance=forward grid=UniformLogSNR"
+    planned = bench.planned(given("ddim", "ddim eta=1", label, "adaptive"))
+
+    found = measured(bench, planned[:4], {}, tmp_path / "record.json")
+
+    names = [row["sampler"] for row in found["results"]]
+    assert names == ["ddim", "ddim eta=1", label, "adaptive"]
+    grids = [row.get("grid") for row in found["results"]]
+    assert grids == ["Karras(power=7.0)"] * 2 + ["UniformLogSNR()", None]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "±" in line][1:]
+    assert len(lines) == 5 and len(set(map(len, lines))) == 1, "one table, the floor first"
+
+
+def test_what_can_be_known_beforehand_is_refused_before_anything_is_drawn(bench, monkeypatch):
+    monkeypatch.setattr(Bench, "draw", lambda *_: pytest.fail("drawn"))
+    monkeypatch.setattr(FlowAdams, "fit", lambda *_: pytest.fail("a pilot"))
+
+    with pytest.raises(RunError, match="needs that of .*mode=calibrate"):
+        bench.planned(given("flow_adams", "analytic_ddpm"))
+    bench = replace(bench, asked=replace(ASKED, nfe=[1, 2]))
+    heun, ddim = (bench.planned(given(name)) for name in ("heun", "ddim"))
+    assert [trial.refused for trial in heun] == ["takes 3 evaluations at least"] * 2
+    refuse_all([trial.refused for trial in heun + ddim])  # with two evaluations DDIM makes a step
+
+
+def test_a_comparison_without_a_sampler_ends_before_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(Bench, "solved", lambda _: pytest.fail("the reference"))
+    normal = Gaussian(torch.zeros(3), STD)
+    train, test = (normal.sample(n, generator=torch.Generator().manual_seed(n)) for n in (60, 40))
+    run = SimpleNamespace(
+        overrides=(),
+        conf=entry.CONF,
+        instantiate=entry.instantiate,
+        config={"run": {"name": "a"}, "training": {}},
+        seed=0,
+        path=tmp_path,
+        device=lambda: torch.device("cpu"),
+        build={"data": Dataset("normal", train, test), "tracking": NoTracker()}.get,
+    )
+    (tmp_path / "weights.pt").write_bytes(b"these")
+    run.trained = lambda: (run, exact_model(SDE), tmp_path / "weights.pt", 7)
+
+    with pytest.raises(RunError, match="every sampler failed.*heun at 1 evaluations: takes 3"):
+        compare(run, samplers=["heun"], nfe=[1], num_samples=40)
+
+
+def test_a_record_is_complete_when_all_is_tried_and_not_before(bench, tmp_path, monkeypatch):
+    planned = [Trial("heun", "", Heun(3)), Trial("ddim", "", DDIM(3))]
+    record, row = tmp_path / "record.json", Bench.row
+
+    def killed(self, trial):
+        seen.append(json.loads(record.read_text()))
+        if trial.name == "ddim":
+            raise KeyboardInterrupt
+        return row(self, trial)
+
+    seen = []
+    monkeypatch.setattr(Bench, "row", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measured(bench, planned, {}, record)
+    assert [(one["complete"], len(one["results"])) for one in seen] == [(False, 0), (False, 1)]
+    assert json.loads(record.read_text()) == seen[-1]
+
+    monkeypatch.setattr(Bench, "row", row)
+    assert measured(bench, planned, {}, record)["complete"]
+    assert json.loads(record.read_text())["complete"]
 
 
 def estimate(value):
@@ -396,6 +531,63 @@ def test_the_figure_has_the_intervals_the_floor_and_a_scale_for_what_changes_sig
     assert [axes.get_yscale() for axes in (error, sliced, energy, mmd)] == [
         "log", "log", "symlog", "symlog",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [1e-4, 0.012, 0.05, 0.4, 30.0, 2000.0])
+@pytest.mark.parametrize("floor", [(-0.02, 0.03), (-0.077, 0.016), (0.01, 0.02)])
+def test_two_ticks_at_least_are_labelled_and_the_linear_part_is_marked(drawn, value, floor):
+    found = found_of(result("a", 10, value), result("b", 20, value))
+    ends = dict(zip(("low", "high"), floor, strict=True))
+    found["floor"] = {name: {"value": 0.0, **ends} for name in found["floor"]}
+
+    plot_comparison(found, "nowhere.png")
+
+    for axes in drawn[0].axes[2:]:
+        drawn[0].canvas.draw()
+        low, high = axes.get_ylim()
+        shown = [
+            (tick, label.get_text())
+            for tick, label in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True)
+            if low <= tick <= high
+        ]
+        edge = max(floor[1], -floor[0])
+        assert {(0.0, "0"), (edge, f"{edge:.2g}")} <= set(shown)
+        assert not any("e+" in label for _, label in shown)
+        assert edge in [line.get_ydata()[0] for line in axes.get_lines() if len(line.get_ydata())]
+        assert axes.yaxis.get_transform().linthresh == edge
+        places = axes.yaxis.get_transform().transform([tick for tick, _ in shown])
+        high, low = (float(axes.yaxis.get_transform().transform([end])[0]) for end in (high, low))
+        gaps = torch.as_tensor(places).sort().values.diff() / (high - low)
+        assert float(gaps.min()) > 0.03, "labels of 10 points in a panel of 3 inches do not touch"
+
+
+@pytest.mark.parametrize("nfe", [[7], [13, 17], [5, 10, 20, 50], [3, 2000], [5, 4000]])
+def test_evaluations_have_labels_that_do_not_touch_and_nothing_warns(drawn, nfe):
+    rows = [result(name, n, 0.3) for name in "abcdefghijk" for n in nfe]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_comparison(found_of(*rows), "nowhere.png")
+        drawn[0].canvas.draw()
+
+    for axes in drawn[0].axes:
+        boxes = [
+            label.get_window_extent()
+            for tick, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True)
+            if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]
+        ]
+        assert len(boxes) >= min(2, len(nfe))
+        for one, other in itertools.pairwise(boxes):
+            assert other.x0 - one.x1 > 0.5 * one.height
+
+
+def test_long_names_leave_the_legend_within_the_figure(drawn):
+    name = "ancestral variance=forward grid=UniformLogSNR"
+    plot_comparison(found_of(*(result(name + i, 5, 0.5) for i in "abcde")), "nowhere.png")
+
+    drawn[0].canvas.draw()
+    box = drawn[0].legends[0].get_window_extent()
+    assert 0 <= box.x0 and box.x1 <= drawn[0].bbox.width
 
 
 def test_the_doubt_of_the_reference_is_drawn_where_it_matters(drawn):

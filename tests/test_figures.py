@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ from experiment.figures import (
     save_strip,
     series,
 )
+from experiment.tiles import HEADING
+from experiment.way import Frame
 from sde_lib import VPSDE
 from sde_lib.oracles import Gaussian, GaussianMixture
 
@@ -161,6 +164,22 @@ def test_a_strip_shows_state_j_of_sample_i_in_row_i_and_column_j(tmp_path):
         for j in range(4):
             tile = shown[2 + 4 * i : 4 + 4 * i, 2 + 4 * j : 4 + 4 * j]
             assert tile.tolist() == states[j][i, 0].tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_labels_of_a_strip_stand_above_their_columns_if_they_fit(tmp_path, channels):
+    states = [noise(3, channels, 8, 8, seed=j) for j in range(3)]
+    path = tmp_path / "strip.png"
+    plain = pixels(save_strip(states, path))
+
+    shown = pixels(save_strip(states, path, labels=["152", "", "samples"]))
+    assert shown[HEADING:].tolist() == plain.tolist()
+    column = plain.shape[1] // 3
+    heads = [shown[:HEADING, i * column : (i + 1) * column] for i in range(3)]
+    assert [bool((head < 100).any()) for head in heads] == [True, False, True]
+
+    same = pixels(save_strip(states, path, labels=["152", "", "x" * 20]))
+    assert same.tolist() == plain.tolist()
 
 
 @pytest.mark.parametrize("states", [[], [noise(2, 1, 2, 2), noise(3, 1, 2, 2)]])
@@ -530,6 +549,11 @@ class Known(nn.Module):
         return self.oracle.score(self.sde)(x, t)
 
 
+def way(x: Tensor) -> list[Frame]:
+    """From a noisy state to one at t_min, both ``x``."""
+    return [Frame(0, 1.0, 152.0, x), Frame(1, 1e-5, 1e-3, x)]
+
+
 @pytest.fixture
 def handed(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
     """What ``draw_plane`` hands to the two figures."""
@@ -552,7 +576,7 @@ def exact_model(data: Dataset) -> Known:
 def test_the_plane_shows_the_density_in_data_units_to_hundredths_of_its_top(handed):
     data = eight_gaussians(train_size=500, test_size=100)
 
-    plane.draw_plane(Path("unused"), 7, exact_model(data), data, [torch.zeros(9, 2)] * 2)
+    plane.draw_plane(Path("unused"), "7-x", exact_model(data), data, way(torch.zeros(9, 2)))
 
     log_prob, _, test, _, truth, extent, path = handed["plot_density"]
     points = torch.cat([data.test, torch.tensor([[0.0, 0.0], [3.5, 3.5]])])
@@ -562,14 +586,14 @@ def test_the_plane_shows_the_density_in_data_units_to_hundredths_of_its_top(hand
     for axis in range(2):
         low, high = extent[2 * axis : 2 * axis + 2]
         assert low < float(data.test[:, axis].min()) < float(data.test[:, axis].max()) < high
-    assert path == Path("unused/density-00000007.png")
+    assert path == Path("unused/density-7-x.png")
 
 
 def test_the_plane_shows_the_score_of_slightly_noisy_data_in_data_units(handed):
     data = eight_gaussians(train_size=500, test_size=100)
     model = exact_model(data)
 
-    plane.draw_plane(Path("unused"), 7, model, data, [torch.zeros(9, 2)] * 2)
+    plane.draw_plane(Path("unused"), "7", model, data, way(torch.zeros(9, 2)))
 
     score = handed["plot_density"][3](data.test)
     time = model.times[-1]
@@ -586,7 +610,7 @@ def test_the_plane_shows_k_level_data_with_each_level_as_wide_as_its_bin(handed)
     model = Known(GaussianMixture(torch.tensor([[0.25, -0.5]]), 0.1))  # model units: [-1, 1]
     state = torch.tensor([[0.25, -0.5], [-1.0, 1.0]])
 
-    plane.draw_plane(Path("unused"), 7, model, data, [state, state])
+    plane.draw_plane(Path("unused"), "7", model, data, way(state))
 
     log_prob, samples, test, score, *_ = handed["plot_density"]
     assert_close(samples, torch.tensor([[2.5, 1.0], [0.0, 4.0]]))
@@ -604,16 +628,40 @@ def test_the_plane_shows_k_level_data_with_each_level_as_wide_as_its_bin(handed)
 @pytest.mark.parametrize("number", [2, 3, 6, 7, 10, 11])
 def test_the_way_begins_with_the_noise_and_ends_with_the_samples(handed, number):
     data = eight_gaussians(train_size=100, test_size=20)
-    states = [torch.full((450, 2), float(i)) for i in range(number)]
+    states = [Frame(i, 0.1, 9.0 - i, torch.full((450, 2), float(i))) for i in range(number)]
 
-    plane.draw_plane(Path("unused"), 7, exact_model(data), data, states)
+    plane.draw_plane(Path("unused"), "7", exact_model(data), data, states)
 
     shown, path, labels = handed["plot_path"]
     places = [round(float(data.units.encode(state)[0, 0])) for state in shown]
     assert places[0] == 0 and places[-1] == number - 1
     assert len(places) == min(number, 6) and sorted(set(places)) == places
-    assert (labels[0], labels[-1]) == ("0% of the steps", "samples")
-    assert path == Path("unused/path-00000007.png")
+    assert (labels[0], labels[-1]) == ("sigma/alpha 9", "samples")
+    assert path == Path("unused/path-7.png")
+
+
+def test_data_at_the_noise_of_a_state_have_its_mean_and_spread():
+    generator, model = torch.Generator().manual_seed(0), SimpleNamespace(sde=VPSDE())
+    n = 20_000
+    found = plane.noised(torch.full((n, 2), 3.0), model, Frame(0, 0.2, 0.0, None), generator)
+
+    level = VPSDE().level(torch.tensor(0.2, dtype=torch.float64))
+    assert abs(float(found.mean() - 3 * level.alpha)) < 5 * float(level.sigma) / math.sqrt(2 * n)
+    # the standard deviation of N numbers is known to 1 / sqrt(2 N) of itself
+    assert float(found.std() / level.sigma) == pytest.approx(1, abs=5 / math.sqrt(4 * n))
+
+
+def test_one_point_on_the_way_has_the_data_around_it_or_its_place_below(drawn):
+    point, around = torch.tensor([[0.8, -0.25]]), torch.tensor([[-2.0, 0.0], [3.0, 1.0]])
+
+    plot_path([point], "unused")
+    plot_path([point], "unused", truth=[around])
+
+    assert drawn[0].axes[0].get_xlabel() == "(0.8, -0.25)"
+    grey, blue = drawn[1].axes[0].collections
+    assert_close(torch.tensor(grey.get_offsets().data).float(), around)
+    assert_close(torch.tensor(blue.get_offsets().data).float(), point)
+    assert drawn[1].axes[0].get_xlabel() == "-2 to 3"
 
 
 def test_the_plane_is_written_as_two_pictures(tmp_path, monkeypatch):
@@ -621,8 +669,8 @@ def test_the_plane_is_written_as_two_pictures(tmp_path, monkeypatch):
     data = eight_gaussians(train_size=100, test_size=20)
 
     picture = plane.draw_plane(
-        tmp_path / "figures", 30, exact_model(data), data, [torch.randn(9, 2) for _ in range(3)]
+        tmp_path / "figures", "30", exact_model(data), data, way(torch.randn(9, 2))
     )
 
-    assert picture.name == "density-00000030.png"
-    assert sorted(os.listdir(tmp_path / "figures")) == [picture.name, "path-00000030.png"]
+    assert picture.name == "density-30.png"
+    assert sorted(os.listdir(tmp_path / "figures")) == [picture.name, "path-30.png"]

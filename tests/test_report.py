@@ -439,6 +439,112 @@ def test_the_newest_picture_is_that_of_the_highest_iteration(tmp_path):
     assert seen(tmp_path).pictures() == {"Samples of the model, iteration 10": ten}
 
 
+def asked_for(run_dir, name, drawn, **more):
+    about = {"iteration": 10, "drawn": drawn, "sampler": "ddim", "nfe": 51, "steps": 50}
+    path = run_dir / "samples" / f"samples-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(about | more))
+
+
+def test_the_newest_of_mode_sample_is_shown_with_what_it_is_of(tmp_path):
+    for seed, name in enumerate(("00000010-ddim-51-aaaaaa", "00000010-heun-3-bbbbbb", "00000010")):
+        for stem in ("samples/grid", "samples/strip", "figures/path", "figures/density"):
+            picture(tmp_path / f"{stem}-{name}.png", seed)
+    one = (tmp_path / "samples/grid-00000010-ddim-51-aaaaaa.png").read_bytes()
+    other = (tmp_path / "samples/grid-00000010-heun-3-bbbbbb.png").read_bytes()
+    asked_for(tmp_path, "00000010-heun-3-bbbbbb", 1.0, sampler="heun", nfe=3, steps=1, eta=1.0)
+    asked_for(tmp_path, "00000010-ddim-51-aaaaaa", 2.0, eta=0.0, temperature=0.9)
+
+    how = "iteration 10: ddim, 50 steps, 51 evaluations, eta 0, temperature 0.9"
+    assert list(seen(tmp_path).pictures().items()) == [
+        (f"Samples of the model, {how}", one),
+        (f"Samples on their way, one a row, with sigma/alpha above, {how}", one),
+        (f"Points on their way; grey: data at the same noise, {how}", one),
+        (f"What was learnt, {how}", one),
+    ]
+    asked_for(tmp_path, "00000010-heun-3-bbbbbb", 3.0, sampler="heun", nfe=3, steps=1, eta=1.0)
+    how = "iteration 10: heun, 1 step, 3 evaluations"
+    assert seen(tmp_path).pictures()[f"Samples of the model, {how}"] == other
+
+
+def test_what_training_drew_later_than_mode_sample_is_shown_too(tmp_path):
+    asked_for(tmp_path, "00000010-ddim-51-aaaaaa", 1.0, temperature=1.0, precision="bfloat16")
+    mine = picture(tmp_path / "samples/grid-00000010-ddim-51-aaaaaa.png", 1)
+    later = picture(tmp_path / "samples/grid-00000020.png", 2)
+    picture(tmp_path / "samples/grid-00000010.png", 3)
+
+    how = "iteration 10: ddim, 50 steps, 51 evaluations, bfloat16"
+    assert seen(tmp_path).pictures() == {
+        f"Samples of the model, {how}": mine,
+        "Samples of the model, iteration 20": later,
+    }
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"drawn": 1}', '{"drawn": "x", "iteration": 1}'])
+def test_a_broken_note_of_mode_sample_is_passed_over(tmp_path, content):
+    own = picture(tmp_path / "samples/grid-00000010.png")
+    picture(tmp_path / "samples/grid-00000010-ddim-51-aaaaaa.png", 1)
+    (tmp_path / "samples/samples-00000010-ddim-51-aaaaaa.json").write_text(content)
+
+    assert seen(tmp_path).pictures() == {"Samples of the model, iteration 10": own}
+
+
+def compared(run_dir, name, **more):
+    """A comparison of two samplers, one of which failed."""
+    value = {"value": 0.1234, "low": 0.1, "high": 0.15}
+    small = {"value": 2e-5, "low": -1e-5, "high": 5e-5}
+    record = {
+        "iteration": 10,
+        "begun": 1.0,
+        "floor": {"sliced_w2": value},
+        "results": [
+            {"sampler": "ddim eta=1", "nfe": 9, "seconds": 2.34, "sliced_w2": value}
+            | {"mmd_squared": small},
+            {"sampler": "<b>", "asked": "1 evaluations", "failed": "takes 3"},
+        ],
+    }
+    (run_dir / "compare").mkdir(exist_ok=True)
+    (run_dir / "compare" / f"{name}.json").write_text(json.dumps(record | more))
+
+
+def test_a_comparison_is_a_figure_and_a_table_with_intervals(tmp_path):
+    compared(tmp_path, "compare-10-aaaaaa", complete=True)
+    shown = picture(tmp_path / "figures/compare-10-aaaaaa.png")
+
+    found = seen(tmp_path)
+
+    assert list(found.pictures().values()) == [shown]
+    heads = ["sampler", "evaluations", "Sliced W2", "MMD squared", "seconds"]
+    assert found.all("th") == heads
+    assert found.all("td") == [
+        *("training set", "–", "0.123 ± 0.025", "–", "–"),
+        *("ddim eta=1", "9", "0.123 ± 0.025", "2.0e-05 ± 3.0e-05", "2.3"),
+        "<b>, failed at 1 evaluations: takes 3",
+    ]
+    assert "complete" not in found.section("Samplers compared")
+
+
+def test_of_several_comparisons_the_last_is_shown_and_whether_it_is_complete(tmp_path):
+    compared(tmp_path, "compare-10-aaaaaa", complete=True)
+    picture(tmp_path / "figures/compare-10-aaaaaa.png")
+    rows = [{"sampler": "heun", "nfe": 5, "seconds": 1.0}]
+    compared(tmp_path, "compare-10-bbbbbb", complete=False, begun=2.0, results=rows)
+
+    found = seen(tmp_path)
+
+    assert found.section("Samplers compared").startswith("Not complete")
+    assert "heun" in found.all("td") and "ddim eta=1" not in found.all("td")
+    assert not found.pictures(), "that of the one before would be taken for its"
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"results": 3}', '{"results": [7, {}]}'])
+def test_a_broken_comparison_leaves_the_page_whole(tmp_path, content):
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare/compare-10-aaaaaa.json").write_text(content)
+
+    assert "Samplers compared" not in seen(tmp_path).all("h2")
+
+
 @pytest.mark.parametrize("damage", ["text", "empty", "cut", "headless", "folder", "dangling"])
 def test_a_broken_picture_gives_way_to_the_one_before(tmp_path, damage):
     good = picture(tmp_path / "samples/grid-00000100.png")
@@ -504,6 +610,8 @@ def test_commands_to_go_on_keep_the_choices_and_quote_what_needs_it(command, bas
         f"{base} mode=train",
         f"{base} mode=likelihood",
         f"{base} mode=sample",
+        f"{base} mode=compare",
+        f"{base} mode=calibrate",
     ]
 
 
@@ -512,7 +620,7 @@ def test_the_commands_to_go_on_can_be_copied_from_the_page(tmp_path):
 
     assert found.all("code") == [
         f"python run.py 'run.name=a <b> & c' mode={mode}"
-        for mode in ("train", "likelihood", "sample")
+        for mode in ("train", "likelihood", "sample", "compare", "calibrate")
     ]
 
 

@@ -817,7 +817,7 @@ def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "4 evaluations each" in result.stdout
     samplers = ["mode.samplers=[npr_ddim,analytic_optimal]", "mode.nfe=[4]"]
-    sizes = ["mode.num_samples=8", "mode.endpoints=2", "mode.reference_steps=10"]
+    sizes = ["mode.num_samples=20", "mode.endpoints=2", "mode.reference_steps=10"]
     result = run("mode=compare", *samplers, *sizes, *place, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "npr_ddim" in result.stdout and "failed" not in result.stdout

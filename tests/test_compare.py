@@ -407,7 +407,7 @@ def test_what_can_be_known_beforehand_is_refused_before_anything_is_drawn(bench,
     monkeypatch.setattr(Bench, "draw", lambda *_: pytest.fail("drawn"))
     monkeypatch.setattr(FlowAdams, "fit", lambda *_: pytest.fail("a pilot"))
 
-    with pytest.raises(RunError, match="needs that of .*mode=calibrate"):
+    with pytest.raises(RunError, match="needs the analytic variance of .*mode=calibrate"):
         bench.planned(given("flow_adams", "analytic_ddpm"))
     bench = replace(bench, asked=replace(ASKED, nfe=[1, 2]))
     heun, ddim = (bench.planned(given(name)) for name in ("heun", "ddim"))

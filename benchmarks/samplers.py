@@ -317,7 +317,7 @@ def judge_noisy(table: dict[str, dict[int, Estimate]], floor: Estimate) -> None:
 
 
 @torch.no_grad()
-def throughput(rounds: int = 7, evaluations: int = 10) -> None:
+def throughput(rounds: int = 15, evaluations: int = 10) -> None:
     """Images/s with a U-Net, ours and diffusers' loop, and the time beside the bare network."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)

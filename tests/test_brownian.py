@@ -17,6 +17,7 @@ from sde_lib import SDE, VPSDE, BrownianPaths, PerSample
 from sde_lib.grids import Karras, UniformLogSNR
 from sde_lib.oracles import Gaussian, GaussianMixture
 from sde_lib.philox import Philox, normal
+from sde_lib.reverse_variance import AnalyticVariance
 from sde_lib.samplers import (
     DDIM,
     DEIS,
@@ -143,6 +144,9 @@ def test_a_second_number_in_a_step_and_steps_upwards_are_fresh() -> None:
     assert torch.equal(drawn[0], paths.over(x, 1.0, 0.0)())
 
 
+CLOCK = torch.linspace(-8, 6, 500, dtype=torch.float64)
+ANALYTIC = AnalyticVariance(CLOCK, 0.64 / (0.64 + (2 * CLOCK).exp()), 1.0)  # of N(m, 0.8²)
+
 STRONG = {
     "euler_maruyama": partial(EulerMaruyama, grid=UniformLogSNR()),
     "euler_maruyama_half": partial(EulerMaruyama, eta=0.5, grid=UniformLogSNR()),
@@ -152,6 +156,7 @@ STRONG = {
     "sde_dpmpp_1": partial(DPMSolverPP, order=1, eta=1.0),
     "sde_dpmpp_2m": partial(DPMSolverPP, order=2, eta=1.0),
     "deis_2": partial(DEIS, order=2, eta=1.0),
+    "analytic_ddpm": partial(Ancestral, variance=ANALYTIC, grid=UniformLogSNR()),
     "torchsde": TorchSDE,
 }
 
@@ -186,6 +191,17 @@ def test_stochastic_samplers_converge_strongly_at_order_one(make: Make, target: 
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert order == pytest.approx(1.0, abs=0.2)
     assert errors[-1] < 0.04  # the same path, not only the same law
+
+
+def test_analytic_ddim_comes_near_the_flow_by_the_root_of_a_step() -> None:
+    """Its noise has variance c² rho² u = O(h²) a step, over 1 / h independent steps."""
+    steps, wanted = (25, 100, 400), truth("gaussian", 0.0)
+    make = partial(DDIM, variance=ANALYTIC, grid=UniformLogSNR())
+
+    ends = [followed(make(n), TARGETS["gaussian"]) for n in steps]
+
+    errors = [float((end - wanted).square().mean().sqrt()) for end in ends]
+    assert -np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(0.5, abs=0.15)
 
 
 @pytest.mark.parametrize("temperature", [0.25, 1.0, 2.0])

@@ -13,10 +13,14 @@ from sde_lib import SDE, VESDE, DiscreteSDE
 from sde_lib.grids import Subsequence
 from sde_lib.oracles import Gaussian, GaussianMixture
 from sde_lib.samplers import (
+    DDIM,
+    DEIS,
     Ancestral,
     AnnealedLangevin,
+    DPMSolverPP,
     EulerMaruyama,
     FixedStepSampler,
+    Heun,
     Langevin,
     LangevinCorrector,
     NoPredictor,
@@ -84,21 +88,34 @@ def test_a_score_of_zero_makes_no_step_longer_than_the_level_is_wide(size: str, 
     assert float(moved.max()) <= 1.4 * float(level.sigma) + 1e-12
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
-@pytest.mark.parametrize("size", ["sigma", "sample", "batch"])
-@pytest.mark.parametrize(
-    "predictor",
-    [NoPredictor(), EulerMaruyama(), ReverseDiffusion(), Ancestral(), Ancestral(eta=3)],
-)
-def test_predictor_and_corrector_stay_finite_at_any_number_of_steps(
-    predictor: FixedStepSampler, size: str, steps: int, sde: SDE, mixture: GaussianMixture
-) -> None:
-    x = sde.prior_sample((8, 2), generator=seed(0))
-    sampler = PredictorCorrector(
-        steps, predictor=predictor, corrector=LangevinCorrector(0.5, size), corrections=2
-    )
+PREDICTORS = [
+    NoPredictor(),
+    EulerMaruyama(),
+    EulerMaruyama(eta=0.0),
+    ReverseDiffusion(),
+    Ancestral(),
+    Ancestral(eta=3.0),
+    Ancestral(variance="forward"),
+    DDIM(),
+    Heun(),
+    Heun(churn=5.0),
+    DEIS(),
+    DPMSolverPP(eta=1.0),
+]
 
-    assert bool(torch.isfinite(sampler(mixture.score(sde), sde, x, generator=seed(1))).all())
+
+@pytest.mark.parametrize("scale", ["sigma", "sample", "batch"])
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=lambda p: f"{type(p).__name__}")
+def test_predictor_and_corrector_stay_finite_at_any_number_of_steps(
+    predictor: FixedStepSampler, scale: str, any_sde: SDE, mixture: GaussianMixture
+) -> None:
+    x = any_sde.prior_sample((8, 2), generator=seed(0))
+    for steps in (1, 2, 3, 10):
+        sampler = PredictorCorrector(
+            steps, predictor=predictor, corrector=LangevinCorrector(0.5, scale), corrections=2
+        )
+        end = sampler(mixture.score(any_sde), any_sde, x, generator=seed(1))
+        assert bool(torch.isfinite(end).all())
 
 
 def test_annealed_langevin_is_that_of_ncsn_at_its_levels(mixture: GaussianMixture) -> None:

@@ -7,51 +7,82 @@ import io
 
 import pytest
 import torch
+from small_models import (
+    ANALYTIC,
+    SDE,
+    Watched,
+    picture_model,
+    random_model,
+    time,
+    vector_model,
+)
 from torch import nn
 from torch.testing import assert_close
 
 from experiment.variance_heads import HeadSettings, new_head
 from score_models import EDM, ScoreModel, faster
-from score_models.networks import MLP
-from sde_lib import VPSDE
-from sde_lib.reverse_variance import AnalyticVariance
-
-SDE = VPSDE()
-U = torch.linspace(-7, 5, 40, dtype=torch.float64)
-ANALYTIC = AnalyticVariance(U, 0.5 * torch.sigmoid(-2 * U), 1.0)
-
-
-def random_model(network: nn.Module) -> ScoreModel:
-    """A network that says something, frozen."""
-    torch.manual_seed(0)
-    for weight in network.parameters():
-        nn.init.normal_(weight, std=max(weight[0].numel(), 4) ** -0.5)
-    return ScoreModel(network, SDE, EDM(0.7)).eval().requires_grad_(False)
 
 
 @pytest.fixture
 def vectors() -> ScoreModel:
-    return random_model(MLP((2,), width=16, blocks=1))
+    return vector_model()
 
 
-def time(u: float) -> torch.Tensor:
-    return SDE.time_at(torch.tensor(-2 * u, dtype=torch.float64))
+@pytest.fixture
+def pictures() -> ScoreModel:
+    return picture_model()
 
 
-class Watched(nn.Module):
-    """Counts the passes of a network."""
+@pytest.mark.parametrize("make", ["vectors", "pictures"])
+def test_the_features_are_what_the_output_is_made_of_and_cost_no_second_pass(make, request):
+    model = request.getfixturevalue(make)
+    model.network = watched = Watched(model.network)
+    shape = (2,) if make == "vectors" else (1, 8, 8)
+    x, t = torch.randn(3, *shape), time(0.3)
+    model.features(x, t)  # from here on they are kept
+    for evaluate in (model.score, model.noise, model.denoised):
+        watched.passes = 0
+        evaluate(x, t)
+        features = model.features(x, t)
+        assert watched.passes == 1
+        level = torch.full((3,), 0.3)
+        scaled = model.parameterization.input(level.double().exp())[0] * x / SDE.alpha(t)
+        out = watched.leave(features).reshape(x.shape)
+        assert_close(out, watched.network(scaled.float(), level, None), rtol=1e-4, atol=1e-5)
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.passes = network, 0
 
-    @property
-    def leave(self) -> nn.Module:
-        return self.network.leave
+def test_features_of_another_state_are_never_handed_out(vectors):
+    x, t = torch.randn(3, 2), time(0.3)
+    first = vectors.features(x, t).clone()
+    with torch.no_grad():
+        other = x.clone().add_(1)
+        vectors.score(other, t)  # somebody else's evaluation in between
+        assert_close(vectors.features(x, t), first, rtol=0, atol=0)
+        vectors.score(x, t)
+        x.add_(1)  # written to since
+        assert_close(vectors.features(x, t), vectors.features(other, t), rtol=0, atol=0)
+        assert not torch.equal(vectors.features(x, time(0.4)), vectors.features(x, t))
+    with torch.inference_mode():
+        x = torch.randn(3, 2)
+        vectors.score(x, t)
+        assert vectors.features(x, t).shape == (3, 16)
+    twin = copy.deepcopy(vectors)
+    assert_close(twin.features(other, t), vectors.features(other, t), rtol=0, atol=0)
 
-    def forward(self, *arguments):
-        self.passes += 1
-        return self.network(*arguments)
+
+def test_a_network_without_a_last_layer_of_that_name_is_refused():
+    model = ScoreModel(nn.Linear(2, 2), SDE, EDM(0.7))
+    with pytest.raises(ValueError, match="Linear.*module called `leave`.*MLP and UNet do"):
+        model.features(torch.zeros(1, 2), time(0.0))
+
+
+def test_a_pass_that_hides_its_last_layer_is_refused(vectors):
+    vectors.keep_features()
+    hidden = vectors.network.leave.forward
+    vectors.network.leave = nn.Identity()
+    vectors.network.forward = lambda x, level, cond=None: hidden(torch.zeros(len(x), 16))
+    with pytest.raises(RuntimeError, match="where hooks see it"):
+        vectors.score(torch.zeros(3, 2), time(0.0))
 
 
 class Conditional(nn.Module):

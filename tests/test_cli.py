@@ -807,3 +807,5 @@ def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):
     result = run(*few, *place, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "4 evaluations each" in result.stdout
+    kept.write_text("abc")
+    refused(run(*few, *place, cwd=folder), kept.name, "damaged", "mode.fresh=true")

@@ -198,6 +198,21 @@ def test_the_loss_is_least_at_the_conditional_moment(kind):
         assert math.copysign(1, off) * float(shifted.grad.mean()) > 2 * error
 
 
+@pytest.mark.parametrize("kind", ["npr", "sn"])
+def test_the_loss_is_twice_the_nats_of_a_normal_density_up_to_a_constant(kind):
+    generator = torch.Generator().manual_seed(0)
+    noise, eps_hat, out = torch.randn(3, 6, 2, generator=generator, dtype=torch.float64)
+    u = torch.linspace(-2, 1, 6, dtype=torch.float64)
+    level = SDE.level(SDE.time_at(-2 * u))
+    spread = ANALYTIC.unresolved_at(u)[:, None] * out.exp()
+    known = {"npr": (eps_hat, spread), "sn": (0 * eps_hat, eps_hat.square() + spread)}
+    mean, variance = known[kind]
+    nats = -torch.distributions.Normal(mean, variance.sqrt()).log_prob(noise)
+    rest = KINDS[kind](ANALYTIC).loss(out, noise, eps_hat, level, level) - 2 * nats
+    base = {"npr": ANALYTIC.unresolved_at(u).log()[:, None], "sn": 0.0}[kind]
+    assert_close(rest + base, torch.full_like(rest, -math.log(2 * math.pi)))
+
+
 def test_the_loss_of_the_learned_variance_is_the_kl_of_its_step(mixture):
     later, earlier = (SDE.level(time(u).expand(5)) for u in (0.5, -0.2))
     generator = torch.Generator().manual_seed(0)

@@ -77,7 +77,7 @@ def test_a_network_without_a_last_layer_of_that_name_is_refused():
 
 
 def test_a_pass_that_hides_its_last_layer_is_refused(vectors):
-    vectors.keep_features()
+    vectors.features(torch.zeros(3, 2), time(0.0))  # this one was heard
     hidden = vectors.network.leave.forward
     vectors.network.leave = nn.Identity()
     vectors.network.forward = lambda x, level, cond=None: hidden(torch.zeros(len(x), 16))

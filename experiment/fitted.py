@@ -86,7 +86,8 @@ def _variance_of(
     if variance is None:
         raise RunError(
             f"{type(sampler).__name__} needs the {name} variance of {checkpoint} for "
-            f"variance={name}; run `python run.py {VARIANCES[name].mode}` with the same choices first."
+            f"variance={name}; run `python run.py {VARIANCES[name].mode}` with the same choices "
+            "first."
         )
     return variance
 

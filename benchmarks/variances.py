@@ -27,6 +27,7 @@ from benchmarks.likelihood_targets import modes  # noqa: E402
 from experiment.checkpoint import load_checkpoint, load_weights, stored_config  # noqa: E402
 from experiment.config import check_targets  # noqa: E402
 from experiment.fitted import digest_of  # noqa: E402
+from experiment.training import trained_units  # noqa: E402
 from experiment.variance_heads import kept_head  # noqa: E402
 from likelihood import calibrate_variance, discrete_bounds  # noqa: E402
 from score_models import ScoreModel  # noqa: E402
@@ -93,15 +94,15 @@ def of_checkpoint(checkpoint: Path) -> Case:
     load_weights(model, state["ema"], checkpoint)
     model.eval().requires_grad_(False)
     flow = probability_flow(model.sde, model.score)
-    train = data.units.encode(data.train[:1000], seeded(0))
+    units = trained_units(config.get("training", {}), data)
+    train = units.encode(data.train[:1000], seeded(0))
     variances = {"analytic": calibrate_variance(flow, train, steps=100, generator=seeded(1))}
     folder = checkpoint.parents[1] / "fitted"
     for kind in KINDS:
         head = kept_head(kind, digest_of(checkpoint), folder, model)
         variances |= {} if head is None else {kind: head}
     test, everything = (
-        data.units.encode(part, seeded(2))
-        for part in (data.test, torch.cat([data.train, data.test]))
+        units.encode(part, seeded(2)) for part in (data.test, torch.cat([data.train, data.test]))
     )
 
     def draw(n: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from experiment.progress import say
 from experiment.run import Run
 from experiment.seeds import sample_paths, stream
 from experiment.shards import halving
-from likelihood import TruncatedNormalDequantization
+from experiment.training import trained_units
 from score_models import ScoreModel
 from sde_lib import Counted, validation
 from sde_lib.distances import (
@@ -116,9 +116,7 @@ class Bench:
     @classmethod
     def of(cls, run: Run, model: ScoreModel, data: Dataset, path: Path, asked: Asked) -> Bench:
         """With the data in the units of the model."""
-        units = data.units
-        if data.levels is not None and not run.config["training"].get("dequantize", True):
-            units = TruncatedNormalDequantization(data.levels, units.low, units.high)
+        units = trained_units(run.config["training"], data)
         train, test = (
             units.encode(values[: asked.num_samples], stream(run.seed, "compare", i))
             for i, values in enumerate((data.train, data.test))

@@ -85,8 +85,9 @@ def _variance_of(
         variance = kept_head(name, digest_of(checkpoint), folder, model)
     if variance is None:
         raise RunError(
-            f"{type(sampler).__name__} needs the {name} variance of {checkpoint}; run "
-            f"`python run.py {VARIANCES[name].mode}` with the same choices first."
+            f"{type(sampler).__name__} needs the {name} variance of {checkpoint} for "
+            f"variance={name}; run `python run.py {VARIANCES[name].mode}` with the same choices "
+            "first."
         )
     return variance
 

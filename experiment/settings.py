@@ -11,6 +11,7 @@ from torch import Tensor
 
 from experiment.data import Dataset
 from experiment.progress import say
+from experiment.training import trained_units
 from likelihood import (
     Basis,
     Cosine,
@@ -21,7 +22,6 @@ from likelihood import (
     Principal,
     Solver,
     Standardization,
-    TruncatedNormalDequantization,
     plan,
     suited,
 )
@@ -201,9 +201,7 @@ def units_of(
         return dequantization or data.units
     if settings.dequantization == "variational":
         raise ValueError("a variational dequantization is fitted first and then passed on.")
-    if settings.dequantization == "truncated_normal":
-        return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
-    return data.units
+    return trained_units({"dequantize": settings.dequantization == "uniform"}, data)
 
 
 def per_nat(data: Dataset) -> float:

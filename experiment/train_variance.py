@@ -10,24 +10,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiment.calibrate import calibrated
 from experiment.data import Dataset
 from experiment.estimators import bound_times
-from experiment.fitted import digest_of, keep_variance, kept_variance
+from experiment.fitted import digest_of, kept_variance
 from experiment.progress import progress, say
 from experiment.run import Run
 from experiment.seeds import sample_streams, stream
 from experiment.settings import UNITS, per_nat
 from experiment.shards import alone
-from experiment.training import Batches
+from experiment.training import Batches, trained_units
 from experiment.variance_heads import (
     HeadSettings,
+    StoredHead,
     head_path,
     keep_head,
     new_head,
     read_head,
+    undamaged,
+    unfinished_path,
     variance_of_head,
 )
-from likelihood import calibrate_variance, discrete_bounds
+from likelihood import discrete_bounds
 from score_models import ScoreModel
 from score_models.variance_head import VarianceHead
 from score_models.variance_kinds import head_loss
@@ -69,7 +73,7 @@ def train_variance(
         blocks: Residual blocks.
         grid_steps: Of kind=learned.
         num_test: Test samples that the gain is measured on.
-        fresh: Whether to train anew in the place of one that is there.
+        fresh: Whether to train anew, from the start; one that is there is kept until then.
     """
     alone("train_variance")
     settings = HeadSettings(kind, steps, batch_size, lr, width, blocks, grid_steps)
@@ -79,18 +83,22 @@ def train_variance(
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run, model, checkpoint, _ = run.trained()
     weights, folder = digest_of(checkpoint), run.path / "fitted"
-    path = head_path(kind, weights, folder)
-    begun = None if fresh else read_head(path, weights)
-    if begun is not None and begun.get("finished"):
-        say(f"already there: {path} ({begun['settings']}); mode.fresh=true trains it anew.")
-        say("\n".join(begun["gains"]))
+    path, half_way = (at(kind, weights, folder) for at in (head_path, unfinished_path))
+    there = None if fresh else read_head(path, kind, weights)
+    if there is not None and there.finished:
+        other = there.differences(settings, run.seed)
+        trained = f", trained with {other}" if other else ""
+        say(f"already there: {path}{trained}; mode.fresh=true trains it anew.")
+        say("\n".join(there.gains))
         return
     analytic = _analytic(run, model, data, checkpoint, folder)
-    training = _Training(run, model, data, settings, analytic, path, weights)
-    head = training.fit(begun)
+    training = _Training(run, model, data, settings, analytic, half_way, weights)
+    head = training.fit(None if fresh else read_head(half_way, kind, weights))
     variance = variance_of_head(model, head, settings, analytic)
     lines = gains(run, model, data, {"analytic": analytic, kind: variance}, num_test)
-    keep_head(path, weights, settings, analytic, head, finished=True, gains=lines)
+    more = {"finished": True, "seed": run.seed, "gains": lines}
+    keep_head(path, weights, settings, analytic, head, **more)
+    half_way.unlink(missing_ok=True)
     say("\n".join(lines))
     say(f"{kind} variance of {checkpoint.name}: {path}")
 
@@ -103,14 +111,7 @@ def _analytic(
     if kept is not None:
         return kept
     say("measuring the analytic variance, from which a head starts")
-    train = data.units.encode(data.train[:1000], stream(run.seed, "calibrate", 0))
-    found = calibrate_variance(
-        probability_flow(model.sde, model.score),
-        train.to(run.device()),
-        steps=99,
-        generator=stream(run.seed, "calibrate", 1),
-    )
-    keep_variance(found, checkpoint, folder)
+    calibrated(run, model, data, checkpoint)
     return kept_variance(checkpoint, folder)  # from the file, so that both ways give the same
 
 
@@ -126,8 +127,8 @@ class _Training:
     path: Path
     weights: str
 
-    def fit(self, begun: Mapping[str, object] | None) -> VarianceHead:
-        """The head after all iterations, from where an earlier one of the same settings stopped.
+    def fit(self, begun: StoredHead | None) -> VarianceHead:
+        """The head after all iterations, from where an earlier one of the same choices stopped.
 
         It is written every 250 iterations.
         """
@@ -141,7 +142,7 @@ class _Training:
             lost.append(self._iteration(head, optimizer, batches(iteration), iteration))
             done = iteration + 1
             if done % max(1, self.settings.steps // 10) == 0:
-                say(f"iteration {done}: loss {torch.stack(lost).mean():.4f} nats a coordinate")
+                say(f"iteration {done}: loss {torch.stack(lost).mean():.4f}")
                 lost = []
             if done % WRITE_EVERY == 0:
                 self._write(head, optimizer, done)
@@ -153,7 +154,8 @@ class _Training:
         """One update on the samples ``rows``; the loss, on the device."""
         settings = self.settings
         generator = stream(self.run.seed, f"variance {settings.kind}", iteration)
-        x0 = self.data.units.encode(self.data.train[rows], generator).to(self.run.device())
+        units = trained_units(self.run.config["training"], self.data)
+        x0 = units.encode(self.data.train[rows], generator).to(self.run.device())
         loss = head_loss(settings.meaning(self.analytic), self.model, head, x0, generator)
         optimizer.zero_grad()
         loss.backward()
@@ -165,26 +167,27 @@ class _Training:
         return loss.detach()
 
     def _write(self, head: VarianceHead, optimizer: torch.optim.Optimizer, iteration: int) -> None:
-        more = {"finished": False, "iteration": iteration, "optimizer": optimizer.state_dict()}
+        more = {"finished": False, "seed": self.run.seed, "iteration": iteration}
+        more["optimizer"] = optimizer.state_dict()
         keep_head(self.path, self.weights, self.settings, self.analytic, head, **more)
 
     def _resume(
-        self,
-        begun: Mapping[str, object] | None,
-        head: VarianceHead,
-        optimizer: torch.optim.Optimizer,
+        self, begun: StoredHead | None, head: VarianceHead, optimizer: torch.optim.Optimizer
     ) -> int:
-        """The iteration to go on from; other settings, another analytic variance: from 0."""
+        """The iteration to go on from; other choices, another analytic variance: from 0."""
         if begun is None:
             return 0
-        same = HeadSettings(**begun["settings"]) == self.settings
-        if not same or not torch.equal(begun["analytic"]["unresolved"], self.analytic.unresolved):
-            say(f"{self.path} was begun with other choices ({begun['settings']}); from the start")
+        other = begun.differences(self.settings, self.run.seed)
+        if not begun.starts_from(self.analytic):
+            other = ", ".join(filter(None, [other, "another analytic variance"]))
+        if other:
+            say(f"{self.path} was begun with other choices ({other}); from the start")
             return 0
-        head.load_state_dict(begun["head"])
-        optimizer.load_state_dict(begun["optimizer"])
-        say(f"going on from iteration {begun['iteration']} of {self.path}")
-        return begun["iteration"]
+        with undamaged(self.path, self.settings.kind):
+            head.load_state_dict(begun.head.state_dict())
+            optimizer.load_state_dict(begun.optimizer)
+        say(f"going on from iteration {begun.iteration} of {self.path}")
+        return begun.iteration
 
 
 @torch.no_grad()
@@ -199,7 +202,8 @@ def gains(
     as lines: the sum of their KL terms, with standard errors; the last against ``analytic``."""
     metric = per_nat(data)
     values = data.test[:num_test]
-    x = data.units.encode(values, stream(run.seed, "variance test", 0)).to(run.device())
+    units = trained_units(run.config["training"], data)
+    x = units.encode(values, stream(run.seed, "variance test", 0)).to(run.device())
     flow = probability_flow(model.sde, model.score)
     reverse = {"posterior": "posterior", "forward": "forward", **variances}
     lines = [f"cost of the steps, {UNITS[data.units.metric]}, of {len(x)} test samples:"]

@@ -6,8 +6,8 @@ import copy
 import io
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +84,23 @@ class Training:
             rate * 0.5 * (1 + math.cos(math.pi * iteration / self.steps)) if self.decay else rate
         )
 
-    def units(self, data: Dataset) -> Dequantization | Standardization:
-        """What makes training samples of the data."""
-        if data.levels is None or self.dequantize:
-            return data.units
-        return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
-
     def ema_at(self, iteration: int) -> float:
         """Decay of the average at an iteration, counted from 0: short at first."""
         return min(self.ema, (1 + iteration) / (10 + iteration))
+
+
+def trained_units(training: Mapping[str, Any], data: Dataset) -> Dequantization | Standardization:
+    """What makes of ``data`` the samples that a model is trained on.
+
+    All that is measured on training data for a model has to use these.
+
+    Args:
+        training: The configuration of its training, as stored with the model.
+        data: Of K levels, or continuous.
+    """
+    if data.levels is None or training.get("dequantize", True):
+        return data.units
+    return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
 
 
 @dataclass
@@ -222,7 +230,7 @@ def fit(
     """
     device = next(state.model.parameters()).device
     batches = Batches(len(data.train), settings.batch_size, seed)
-    units, window = settings.units(data), _Window(device)
+    units, window = trained_units(asdict(settings), data), _Window(device)
     state.model.train()
     bar = progress(range(state.iteration, settings.steps), "training")
     for iteration in bar:

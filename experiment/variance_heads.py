@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-import pickle
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from experiment.checkpoint import write_atomically
+from experiment.errors import RunError
 from score_models import ScoreModel
 from score_models.variance_head import VarianceHead
 from score_models.variance_kinds import KINDS, HeadKind
@@ -80,8 +82,13 @@ def new_head(model: ScoreModel, shape: tuple[int, ...], settings: HeadSettings) 
 
 
 def head_path(kind: str, weights: str, folder: Path) -> Path:
-    """Where the head of these weights is kept."""
+    """Where the finished head of these weights is kept."""
     return folder / f"head-{kind}-{weights[:16]}.pt"
+
+
+def unfinished_path(kind: str, weights: str, folder: Path) -> Path:
+    """Where one is kept while it is trained: never in the place of a finished one."""
+    return folder / f"unfinished-{kind}-{weights[:16]}.pt"
 
 
 def keep_head(
@@ -92,7 +99,8 @@ def keep_head(
     head: VarianceHead,
     **more: object,
 ) -> None:
-    """Write a head with all that it takes to use it, at once or not at all."""
+    """Write a head with all that it takes to use it, at once or not at all; :class:`StoredHead`
+    says what else there may be."""
     columns = {"clock": analytic.clock.cpu(), "unresolved": analytic.unresolved.cpu()}
     content = {
         "weights": weights,
@@ -109,15 +117,90 @@ def keep_head(
     write_atomically(path, buffer.getbuffer())
 
 
-def read_head(path: Path, weights: str) -> dict[str, Any] | None:
-    """What is in ``path``, if it is whole and of these weights; runs nothing that it holds."""
-    try:
+@dataclass(frozen=True)
+class StoredHead:
+    """A head as a file holds it.
+
+    Args:
+        settings: It was trained with.
+        analytic: The isotropic variance that it starts from.
+        head: On the CPU.
+        finished: Whether all iterations were done.
+        seed: Of its training; None if the file does not say.
+        gains: What a finished one was found to gain, as lines.
+        iteration: How many an unfinished one has behind it.
+        optimizer: Its state there.
+    """
+
+    settings: HeadSettings
+    analytic: AnalyticVariance
+    head: VarianceHead
+    finished: bool = False
+    seed: int | None = None
+    gains: Sequence[str] = ()
+    iteration: int = 0
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> StoredHead:
+        """What :func:`keep_head` wrote; raises whatever a damaged file makes it raise."""
+        settings = HeadSettings(**content["settings"])
+        shapes = (tuple(content[part]) for part in ("features", "shape"))
+        head = VarianceHead(*shapes, settings.width, settings.blocks)
+        head.load_state_dict(content["head"])
+        more = {name: content[name] for name in MORE if name in content}
+        return cls(settings, AnalyticVariance(**content["analytic"]), head, **more)
+
+    def differences(self, settings: HeadSettings, seed: int) -> str:
+        """The choices that were others then, as ``name=value``; empty if none was."""
+        then, now = asdict(self.settings), asdict(settings)
+        then, now = then | {"seed": self.seed}, now | {"seed": seed}
+        return ", ".join(f"{name}={then[name]}" for name in then if then[name] != now[name])
+
+    def starts_from(self, analytic: AnalyticVariance) -> bool:
+        """Whether it is this very variance that the head starts from."""
+        own = self.analytic
+        return (
+            torch.equal(own.clock, analytic.clock.cpu())
+            and torch.equal(own.unresolved, analytic.unresolved.cpu())
+            and own.decoder_std == analytic.decoder_std
+        )
+
+
+MORE = ("finished", "seed", "gains", "iteration", "optimizer")
+
+
+def read_head(path: Path, kind: str, weights: str) -> StoredHead | None:
+    """What is in ``path``; None if there is nothing, or of other weights. Runs nothing that it
+    holds.
+
+    Raises:
+        RunError: If it is damaged.
+    """
+    with undamaged(path, kind):
+        if not path.exists():
+            return None
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if content["weights"] == weights else None
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError):
-        return None
-    except pickle.UnpicklingError:
-        return None
+        if not isinstance(content, dict):
+            raise TypeError("a torch file, and no dictionary")
+        return StoredHead.of(content) if content["weights"] == weights else None
+
+
+@contextlib.contextmanager
+def undamaged(path: Path, kind: str) -> Iterator[None]:
+    """Say of all that goes wrong inside that the head of this ``kind`` in ``path`` is damaged.
+
+    Raises:
+        RunError: Saying what to do.
+    """
+    try:
+        yield
+    except Exception as error:  # a dozen types, by what is damaged
+        raise RunError(
+            f"variance head {path} is damaged or none of ours ({type(error).__name__}); delete "
+            f"it, or train it anew: `python run.py mode=train_variance mode.kind={kind} "
+            "mode.fresh=true` with the same choices."
+        ) from error
 
 
 def kept_head(name: str, weights: str, folder: Path, model: ScoreModel) -> StateVariance | None:
@@ -128,16 +211,15 @@ def kept_head(name: str, weights: str, folder: Path, model: ScoreModel) -> State
         weights: Digest of the checkpoint of ``model``.
         folder: Where heads are kept.
         model: Whose features the head is on.
+
+    Raises:
+        RunError: If its file is damaged.
     """
-    content = read_head(head_path(name, weights, folder), weights)
-    if content is None or not content.get("finished"):
+    stored = read_head(head_path(name, weights, folder), name, weights)
+    if stored is None or not stored.finished:
         return None
-    settings = HeadSettings(**content["settings"])
-    shapes = (tuple(content[part]) for part in ("features", "shape"))
-    head = VarianceHead(*shapes, settings.width, settings.blocks)
-    head = head.to(next(model.parameters()).device)
-    head.load_state_dict(content["head"])
-    return variance_of_head(model, head, settings, AnalyticVariance(**content["analytic"]))
+    head = stored.head.to(next(model.parameters()).device)
+    return variance_of_head(model, head, stored.settings, stored.analytic)
 
 
 def variance_of_head(

@@ -61,15 +61,15 @@ class ScoreModel(nn.Module):
     def features(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """What enters the last layer of the network at ``x`` [B, ...] and ``t`` [] or [B].
 
-        Right after any other method has evaluated the same two tensors this costs nothing, else
-        one more pass. Not for gradients: what is built on the features leaves the network as it
-        is.
+        Right after any other method has evaluated the same three tensors, not written to since,
+        this costs nothing; else, and always in inference mode, one more pass. Not for gradients:
+        what is built on the features leaves the network as it is.
 
         Raises:
             ValueError: If the network does not say what its last layer is.
         """
         self.keep_features()
-        if not self._features.are_of(x, t):
+        if not self._features.are_of(x, t, cond):
             self._evaluate(x, t, cond)
         return self._features.latest
 
@@ -92,6 +92,8 @@ class ScoreModel(nn.Module):
         rho = sigma / alpha
         y = x / expand_like(alpha.to(x.dtype), x)
         scaled = expand_like(self.parameterization.input(rho).to(x.dtype), x) * y
+        if self._features is not None:
+            self._features.listen()
         raw = self.network(scaled, rho.log().to(x.dtype), cond)
         if raw.shape != x.shape:
             raise ValueError(
@@ -99,5 +101,5 @@ class ScoreModel(nn.Module):
                 f"got {tuple(raw.shape)} for {tuple(x.shape)}."
             )
         if self._features is not None:
-            self._features.note(x, asked)
+            self._features.note(x, asked, cond)
         return y, rho, sigma, raw

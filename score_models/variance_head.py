@@ -92,7 +92,7 @@ class HeadOutput:
         model.keep_features()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Costs no pass of the network right after the score of the same two tensors.
+        """Costs no pass of the network right after the score of the same tensors, without cond.
 
         A wrapper that has the score evaluated at a copy of x costs one pass more, which a counter
         around the score does not see.

@@ -42,7 +42,7 @@ class HeadKind(ABC):
     def loss(
         self, out: Tensor, noise: Tensor, eps_hat: Tensor, earlier: Level, later: Level
     ) -> Tensor:
-        """Loss of each coordinate [B, ...] in nats.
+        """Loss of each coordinate [B, ...]: each kind says in what unit.
 
         Args:
             out: Of the head, [B, ...].
@@ -67,6 +67,7 @@ class Residual(HeadKind):
 
     .. math::  L = \log \frac{u}{base} + \frac{(\varepsilon - \hat\varepsilon)^2}{u}
 
+    That is, but for a constant, twice the nats of a normal density of variance u.
     In expectation this is least at the conditional mean, as the squared error of the paper is,
     and it is what the bound charges where a step is large. The target is heavy-tailed and spans
     decades; here each level and each coordinate counts alike. On a mixture with a known answer,
@@ -96,6 +97,7 @@ class SecondMoment(Residual):
 
     .. math::  L = \log h + \varepsilon^2 / h
 
+    Twice the nats, as that of :class:`Residual`.
     What is left open is h less eps_hat², so that nothing has to be cut off at 0. An output that is
     h itself cannot say it where it is a small difference: on the mixture of :class:`Residual` it
     missed by factors of e^4 to e^10 at log SNR below 0, this one by 10 to 30 %.
@@ -113,9 +115,10 @@ class SecondMoment(Residual):
 class Interpolation(HeadKind):
     r"""Improved DDPM: :math:`w = (out + 1) / 2`, taught by the bound in ``steps`` steps.
 
-    The mean is held fixed. As in the published code w is not confined to [0, 1]: beyond it v
-    extrapolates, which data of a variance other than 1 need. The best w depends on the size of a
-    step, which the head is not told: take T near the number of steps that samples will have.
+    The loss is the KL divergence of a step, in nats. The mean is held fixed. As in the published
+    code w is not confined to [0, 1]: beyond it v extrapolates, which data of a variance other than
+    1 need. The best w depends on the size of a step, which the head is not told: take T near the
+    number of steps that samples will have.
 
     Args:
         steps: T of the grid, even in log SNR, whose neighbours a sample is moved between.
@@ -166,7 +169,8 @@ def stratified(n: int, generator: Generator) -> Tensor:
 def head_loss(
     kind: HeadKind, model: ScoreModel, head: VarianceHead, x0: Tensor, generator: Generator
 ) -> Tensor:
-    """Mean loss of one batch ``x0`` [B, ...] in nats a coordinate; one pass of the frozen model.
+    """Mean loss of a coordinate of one batch ``x0`` [B, ...], in the unit of ``kind``; one pass
+    of the frozen model.
 
     Args:
         kind: What the output means.

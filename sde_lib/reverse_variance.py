@@ -35,6 +35,11 @@ class ReverseVariance(ABC):
     adds: ClassVar[bool] = True
     wanted: str | None = None
 
+    @property
+    def _called(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
     @abstractmethod
     def at_states(self, earlier: Level, later: Level, eta: float = 1.0) -> list[AtState]:
         """For each of N steps from ``later`` (noisier) to ``earlier``, fields [N], the function
@@ -55,7 +60,7 @@ class ReverseVariance(ABC):
         """
         raise ValueError(
             f"{owner} has data_variance={data_variance:g} to limit the part of a variance that is "
-            f"there because x_0 is open, and {type(self).__name__} has no such part; leave it "
+            f"there because x_0 is open, and {self._called} has no such part; leave it "
             "out, or use variance=analytic, npr or sn."
         )
 
@@ -84,17 +89,23 @@ class Wanted(ReverseVariance):
         name: Which one.
         mode: What finds it on the command line.
         only_eta: The one amount of fresh noise that it is for; None: any.
+        limitable: Whether it will have a part for :meth:`limited` to limit.
     """
 
     name: str
     mode: str
     only_eta: float | None = None
+    limitable: bool = True
     of_state: ClassVar[bool] = True  # it may turn out to be
 
     @property
     def wanted(self) -> str:
         """Its name."""
         return self.name
+
+    @property
+    def _called(self) -> str:
+        return f"variance={self.name}"
 
     def check(self, owner: str, eta: float) -> None:
         """The one amount of fresh noise that it is for."""
@@ -105,8 +116,8 @@ class Wanted(ReverseVariance):
             )
 
     def limited(self, owner: str, data_variance: float) -> ReverseVariance:
-        """Itself: what is found has to say."""
-        return self
+        """Itself, for what is found to be limited; refused at once if that cannot be."""
+        return self if self.limitable else super().limited(owner, data_variance)
 
     def at_states(self, earlier: Level, later: Level, eta: float = 1.0) -> list[AtState]:
         """Refused.
@@ -116,8 +127,9 @@ class Wanted(ReverseVariance):
         """
         raise ValueError(
             f"variance={self.name} has to be found out about a model first: on the command line "
-            f"by {self.mode}, in a program by calibrate_variance(flow, x, steps=...) or a "
-            "trained VarianceHead; pass the object."
+            f"by {self.mode}, in a program by calibrate_variance(flow, x, steps=...) (analytic), "
+            "or from a trained head by KINDS[kind](analytic).variance(model, head) of "
+            "score_models.variance_kinds (npr, sn, learned); pass what that returns."
         )
 
 
@@ -225,7 +237,7 @@ VARIANCES: dict[str, ReverseVariance] = {
     "analytic": Wanted("analytic", "mode=calibrate"),
     "npr": Wanted("npr", "mode=train_variance mode.kind=npr"),
     "sn": Wanted("sn", "mode=train_variance mode.kind=sn"),
-    "learned": Wanted("learned", "mode=train_variance mode.kind=learned", only_eta=1.0),
+    "learned": Wanted("learned", "mode=train_variance mode.kind=learned", 1.0, limitable=False),
 }
 
 

@@ -68,7 +68,8 @@ class ResidualVariance(StateVariance):
 
     by coordinate, with c the factor of x_0 in the mean. No other variance that is a function of
     x_t gives a better bound, whatever the mean: v is the mean squared distance of x_s from it.
-    With the exact score the first two moments of a step are exact at any size.
+    With the exact score the mean of a step, and the variance of each coordinate, are exact at any
+    size; what coordinates have to do with each other is left out.
 
     Reference: Bao et al., Estimating the Optimal Covariance with Imperfect Mean in Diffusion
     Probabilistic Models, 2022.

@@ -821,3 +821,5 @@ def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):
     result = run("mode=compare", *samplers, *sizes, *place, cwd=folder)
     assert result.returncode == 0, result.stderr
     assert "npr_ddim" in result.stdout and "failed" not in result.stdout
+    kept.write_text("abc")
+    refused(run(*few, *place, cwd=folder), kept.name, "damaged", "mode.fresh=true")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -179,3 +181,15 @@ def test_a_predictor_may_have_the_analytic_variance(tmp_path, mixture) -> None:
     filled = fitted(asked, model, **where)
     assert isinstance(filled.predictor.variance, AnalyticVariance)
     filled.plan(sde)
+
+
+def test_the_limit_of_the_last_step_for_images_is_two_levels_a_pixel_on_average() -> None:
+    """Analytic-DPM's: E|z| of the noise is 2 · 2/255; E|z| here by a sum over the density."""
+    root = Path(__file__).resolve().parents[1]
+    for place in ("conf/sampler/analytic_ddpm.yaml", "docs/samplers.md"):
+        text = (root / place).read_text(encoding="utf-8")
+        std = float(re.search(r"(?:of the last step, |last_std=)(0\.\d+)", text).group(1))
+        z = torch.linspace(-10 * std, 10 * std, 20001, dtype=torch.float64)
+        density = torch.distributions.Normal(0.0, std).log_prob(z).exp()
+        mean = torch.trapezoid(z.abs() * density, z)
+        assert float(mean) == pytest.approx(2 * 2 / 255, rel=0.005), "three digits"

@@ -235,7 +235,7 @@ def test_interpolation_ends_at_the_two_variances_of_ddpm(any_sde):
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.5, 3.0])
-def test_a_limited_variance_lies_between_the_bounds_of_the_paper(mixture, limit):
+def test_a_limit_cuts_off_what_is_open_of_the_data_and_nothing_else(mixture, limit):
     """At least the posterior's; with it at most what data of that variance leave open."""
     sde, score = VPSDE(), mixture.score(VPSDE())
     clock = torch.tensor([-9.0, 6.0], dtype=torch.float64)
@@ -261,6 +261,54 @@ def test_a_limited_variance_lies_between_the_bounds_of_the_paper(mixture, limit)
     )
     v = of_step(npr.limited("test", limit), x, later, earlier, score)
     assert_close((loud - silent).square(), v, rtol=1e-6, atol=1e-12)
+
+
+def points_of_beta(n: int = 201) -> GaussianMixture:
+    """Points in (-1, 1), weighted as a Beta(2, 3) density over it would be."""
+    x = torch.linspace(-1, 1, n + 2, dtype=torch.float64)[1:-1]
+    return GaussianMixture(x[:, None], 0.0, (1 + x) * (1 - x).square())
+
+
+BOUNDED = {
+    "two ends": (GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.0), 0.99),
+    "uneven": (GaussianMixture(torch.tensor([[-1.0], [0.3], [1.0]]), 0.0), 0.5),
+    "beta": (points_of_beta(), 0.1),
+}
+
+
+@pytest.mark.parametrize(("data", "reached"), BOUNDED.values(), ids=BOUNDED)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_the_exact_variance_of_bounded_data_obeys_the_bounds_of_the_paper(data, reached, eta):
+    """Analytic-DPM, theorem 2, written down as it stands for a DDPM of signals alpha_bar.
+
+    Nothing is cut off here. In [-1, 1] x_0 has a variance of 1 at most whatever is known of it,
+    so that v, by state and by step, lies between the posterior's and what that makes of it. The
+    exact v comes from Bayes' rule over the points, in another way than the oracle's.
+    """
+    sde, nearly = VPSDE(), 0.0
+    npr = ResidualVariance(data.noise_variance(sde))
+    weights, values = data.log_weights.exp(), data.means[:, 0]
+    for late, early in ((-7.0, 0.0), (-3.0, -1.0), (-1.0, 2.0), (2.0, 6.0)):
+        later, earlier = ends(sde, late, early)
+        (bar, beta_bar), (bar_before, beta_before) = (
+            (level.alpha**2, level.sigma**2) for level in (later, earlier)
+        )
+        lam = eta**2 * beta_before / beta_bar * (1 - bar / bar_before)
+        of_x0 = (bar_before.sqrt() - (beta_before - lam).sqrt() * (bar / beta_bar).sqrt()).square()
+        x = (later.alpha * torch.linspace(-1.5, 1.5, 61).double())[:, None]
+        log_joint = weights.log() - (x - later.alpha * values).square() / (2 * beta_bar)
+        known = log_joint.softmax(1)
+        mean = (known * values).sum(1, keepdim=True)
+        open_ = (known * (values - mean).square()).sum(1, keepdim=True)
+        exact = lam + of_x0 * open_
+        v = of_step(npr, x, later, earlier, data.score(sde), eta)
+        assert_close(v, exact, rtol=1e-6, atol=1e-12)
+        assert bool((v >= lam * (1 - 1e-9)).all())
+        assert bool((v <= (lam + of_x0) * (1 + 1e-9)).all())
+        limited = of_step(npr.limited("test", 1.0), x, later, earlier, data.score(sde), eta)
+        assert_close(limited, v, rtol=1e-9, atol=0, msg="a limit of 1 never cuts the truth")
+        nearly = max(nearly, float(((v - lam) / of_x0).max()))
+    assert nearly > reached, "the upper bound is not out of reach"
 
 
 def test_the_last_step_of_a_variance_of_the_state_has_no_more_noise_than_allowed(mixture):
@@ -290,9 +338,17 @@ def test_mean_and_variance_together_cost_one_evaluation_a_step(mixture):
         (lambda: Ancestral(data_variance=1.0), "PosteriorVariance has no such part"),
         (lambda: Ancestral(variance="npr", data_variance=0.0), "data_variance to be .* > 0"),
         (lambda: ResidualVariance(lambda x, t: x, data_variance=-1.0), "data_variance to be"),
+        (
+            lambda: Ancestral(variance="learned", data_variance=1.0),
+            "data_variance=1 .* variance=learned has no such part",
+        ),
         (lambda: DDIM(variance="learned"), "learned variance for eta=1 alone"),
         (lambda: DDIM(variance=InterpolatedVariance(lambda x, t: x)), "for eta=1 alone"),
         (lambda: Ancestral(variance="npr").plan(VPSDE()), "mode=train_variance mode.kind=npr"),
+        (
+            lambda: Ancestral(variance="sn").plan(VPSDE()),
+            r"from a trained head by KINDS\[kind\]\(analytic\).variance\(model, head\)",
+        ),
         (
             lambda: Ancestral(variance=InterpolatedVariance(lambda x, t: x), data_variance=1.0),
             "no such part",

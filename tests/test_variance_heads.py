@@ -2,122 +2,37 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import ANALYTIC, SDE, Watched, picture_model, time, vector_model
 from torch import nn
 from torch.testing import assert_close
 
-from experiment import train_variance
-from experiment.data import Dataset
-from experiment.errors import RunError
-from experiment.fitted import digest_of, fitted
 from experiment.variance_heads import (
     HeadSettings,
-    head_path,
-    keep_head,
-    kept_head,
     new_head,
-    read_head,
     variance_of_head,
 )
 from likelihood import calibrate_variance, discrete_bounds
-from score_models import EDM, Noise, ScoreModel, faster
-from score_models.networks import MLP, UNet
+from score_models import Noise, ScoreModel, faster
 from score_models.variance_head import VarianceHead
 from score_models.variance_kinds import KINDS, head_loss
-from sde_lib import VPSDE, Counted, probability_flow
+from sde_lib import Counted, probability_flow
 from sde_lib.oracles import GaussianMixture
-from sde_lib.reverse_variance import VARIANCES, AnalyticVariance
-from sde_lib.samplers import DDIM, Ancestral
-
-SDE = VPSDE()
-U = torch.linspace(-7, 5, 40, dtype=torch.float64)
-ANALYTIC = AnalyticVariance(U, 0.5 * torch.sigmoid(-2 * U), 1.0)
-
-
-def random_model(network: nn.Module) -> ScoreModel:
-    """A network that says something, frozen."""
-    torch.manual_seed(0)
-    for weight in network.parameters():
-        nn.init.normal_(weight, std=max(weight[0].numel(), 4) ** -0.5)
-    return ScoreModel(network, SDE, EDM(0.7)).eval().requires_grad_(False)
+from sde_lib.reverse_variance import VARIANCES
+from sde_lib.samplers import DDIM
 
 
 @pytest.fixture
 def vectors() -> ScoreModel:
-    return random_model(MLP((2,), width=16, blocks=1))
+    return vector_model()
 
 
 @pytest.fixture
 def pictures() -> ScoreModel:
-    return random_model(UNet((1, 8, 8), width=8, multipliers=(1,), blocks=1, heads=2))
-
-
-def time(u: float) -> torch.Tensor:
-    return SDE.time_at(torch.tensor(-2 * u, dtype=torch.float64))
-
-
-class Watched(nn.Module):
-    """Counts the passes of a network."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network, self.passes = network, 0
-
-    @property
-    def leave(self) -> nn.Module:
-        return self.network.leave
-
-    def forward(self, *arguments):
-        self.passes += 1
-        return self.network(*arguments)
-
-
-@pytest.mark.parametrize("make", ["vectors", "pictures"])
-def test_the_features_are_what_the_output_is_made_of_and_cost_no_second_pass(make, request):
-    model = request.getfixturevalue(make)
-    model.network = watched = Watched(model.network)
-    shape = (2,) if make == "vectors" else (1, 8, 8)
-    x, t = torch.randn(3, *shape), time(0.3)
-    model.features(x, t)  # from here on they are kept
-    for evaluate in (model.score, model.noise, model.denoised):
-        watched.passes = 0
-        evaluate(x, t)
-        features = model.features(x, t)
-        assert watched.passes == 1
-        level = torch.full((3,), 0.3)
-        scaled = model.parameterization.input(level.double().exp())[0] * x / SDE.alpha(t)
-        out = watched.leave(features).reshape(x.shape)
-        assert_close(out, watched.network(scaled.float(), level, None), rtol=1e-4, atol=1e-5)
-
-
-def test_features_of_another_state_are_never_handed_out(vectors):
-    x, t = torch.randn(3, 2), time(0.3)
-    first = vectors.features(x, t).clone()
-    with torch.no_grad():
-        other = x.clone().add_(1)
-        vectors.score(other, t)  # somebody else's evaluation in between
-        assert_close(vectors.features(x, t), first, rtol=0, atol=0)
-        vectors.score(x, t)
-        x.add_(1)  # written to since
-        assert_close(vectors.features(x, t), vectors.features(other, t), rtol=0, atol=0)
-        assert not torch.equal(vectors.features(x, time(0.4)), vectors.features(x, t))
-    with torch.inference_mode():
-        x = torch.randn(3, 2)
-        vectors.score(x, t)
-        assert vectors.features(x, t).shape == (3, 16)
-    twin = copy.deepcopy(vectors)
-    assert_close(twin.features(other, t), vectors.features(other, t), rtol=0, atol=0)
-
-
-def test_a_network_without_a_last_layer_of_that_name_is_refused():
-    model = ScoreModel(nn.Linear(2, 2), SDE, EDM(0.7))
-    with pytest.raises(ValueError, match="Linear.*module called `leave`.*MLP and UNet do"):
-        model.features(torch.zeros(1, 2), time(0.0))
+    return picture_model()
 
 
 @pytest.mark.parametrize("make", ["vectors", "pictures"])
@@ -178,15 +93,6 @@ def test_a_head_goes_with_a_network_in_half_precision(pictures):
     # bfloat16 keeps 8 bits: features miss by some 2^-8, the logarithm of the output by as much
     assert_close(found[1], found[0], rtol=0.05, atol=0)
     assert not torch.equal(found[1], found[0])
-
-
-def test_a_pass_that_hides_its_last_layer_is_refused(vectors):
-    vectors.keep_features()
-    hidden = vectors.network.leave.forward
-    vectors.network.leave = nn.Identity()
-    vectors.network.forward = lambda x, level, cond=None: hidden(torch.zeros(len(x), 16))
-    with pytest.raises(RuntimeError, match="where hooks see it"):
-        vectors.score(torch.zeros(3, 2), time(0.0))
 
 
 def train(kind, model, data, steps, seed=0):
@@ -292,6 +198,21 @@ def test_the_loss_is_least_at_the_conditional_moment(kind):
         assert math.copysign(1, off) * float(shifted.grad.mean()) > 2 * error
 
 
+@pytest.mark.parametrize("kind", ["npr", "sn"])
+def test_the_loss_is_twice_the_nats_of_a_normal_density_up_to_a_constant(kind):
+    generator = torch.Generator().manual_seed(0)
+    noise, eps_hat, out = torch.randn(3, 6, 2, generator=generator, dtype=torch.float64)
+    u = torch.linspace(-2, 1, 6, dtype=torch.float64)
+    level = SDE.level(SDE.time_at(-2 * u))
+    spread = ANALYTIC.unresolved_at(u)[:, None] * out.exp()
+    known = {"npr": (eps_hat, spread), "sn": (0 * eps_hat, eps_hat.square() + spread)}
+    mean, variance = known[kind]
+    nats = -torch.distributions.Normal(mean, variance.sqrt()).log_prob(noise)
+    rest = KINDS[kind](ANALYTIC).loss(out, noise, eps_hat, level, level) - 2 * nats
+    base = {"npr": ANALYTIC.unresolved_at(u).log()[:, None], "sn": 0.0}[kind]
+    assert_close(rest + base, torch.full_like(rest, -math.log(2 * math.pi)))
+
+
 def test_the_loss_of_the_learned_variance_is_the_kl_of_its_step(mixture):
     later, earlier = (SDE.level(time(u).expand(5)) for u in (0.5, -0.2))
     generator = torch.Generator().manual_seed(0)
@@ -323,81 +244,6 @@ def test_levels_of_training_cover_the_clock_and_neighbours_are_neighbours():
     width = later.noise_ratio.log() - earlier.noise_ratio.log()
     assert_close(width, torch.full((n,), (high - low) / 16, dtype=torch.float64))
     assert len(later.t.unique()) == 8
-
-
-def test_heads_are_kept_by_the_weights_and_a_damaged_or_unfinished_one_is_none(vectors, tmp_path):
-    checkpoint = tmp_path / "step.pt"
-    checkpoint.write_bytes(b"weights")
-    weights, settings = digest_of(checkpoint), HeadSettings("npr", width=8, blocks=1)
-    head = new_head(vectors, (2,), settings)
-    nn.init.normal_(head.leave.weight, std=0.1, generator=torch.Generator().manual_seed(0))
-    path = head_path("npr", weights, tmp_path)
-    asked = Ancestral(4, variance="npr", data_variance=2.0)
-    where = {"like": torch.zeros(1, 2), "checkpoint": checkpoint, "folder": tmp_path}
-
-    def refused():
-        with pytest.raises(RunError, match="mode=train_variance mode.kind=npr"):
-            fitted(asked, vectors, **where)
-
-    refused()
-    keep_head(path, weights, settings, ANALYTIC, head, finished=False)
-    refused()
-    keep_head(path, weights, settings, ANALYTIC, head, finished=True)
-    ready = fitted(asked, vectors, **where)
-    assert ready.data_variance == 2.0
-    x, level = torch.randn(3, 2), SDE.level(time(0.1))
-    direct = variance_of_head(vectors, head, settings, ANALYTIC)
-    eps_hat = vectors.noise(x, level.t)
-    assert_close(
-        ready.variance.unresolved(x, level, eps_hat), direct.unresolved(x, level, eps_hat)
-    )
-    assert read_head(path, "other weights") is None
-    assert kept_head("sn", weights, tmp_path, vectors) is None
-    path.write_bytes(path.read_bytes()[:500])
-    refused()
-
-
-def training(model, path, kind="npr", seed=0) -> train_variance._Training:
-    run = SimpleNamespace(seed=seed, device=lambda: torch.device("cpu"))
-    data = Dataset("noise", *torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0)))
-    settings = HeadSettings(kind, steps=9, batch_size=8, width=4, blocks=1)
-    return train_variance._Training(run, model, data, settings, ANALYTIC, path, "weights")
-
-
-def test_a_training_that_was_killed_goes_on_to_the_same_bits(vectors, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_variance, "WRITE_EVERY", 4)
-    straight = training(vectors, tmp_path / "straight.pt").fit(None).state_dict()
-    path, real = tmp_path / "cut.pt", train_variance.head_loss
-    calls = []
-
-    def killed(*arguments):
-        calls.append(1)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(train_variance, "head_loss", killed)
-    with pytest.raises(KeyboardInterrupt):
-        training(vectors, path).fit(None)
-    monkeypatch.setattr(train_variance, "head_loss", real)
-    begun = read_head(path, "weights")
-    assert begun["iteration"] == 4 and not begun["finished"]
-    resumed = training(vectors, path).fit(begun).state_dict()
-    for name, weight in straight.items():
-        assert torch.equal(resumed[name], weight)
-    other = training(vectors, path, seed=1).fit(None).state_dict()
-    assert not torch.equal(other["leave.weight"], straight["leave.weight"])
-
-
-def test_a_training_of_other_choices_begins_again(vectors, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_variance, "WRITE_EVERY", 4)
-    path = tmp_path / "head.pt"
-    fresh = training(vectors, path, "learned").fit(None).state_dict()
-    training(vectors, path).fit(None)
-    again = training(vectors, path, "learned").fit(read_head(path, "weights")).state_dict()
-    assert "from the start" in capsys.readouterr().out
-    for name, weight in fresh.items():
-        assert torch.equal(again[name], weight)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ class ForwardVariance(ScalarVariance):
         return variance * shrink.square()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # two of them are the same if they are one object
 class AnalyticVariance(ScalarVariance):
     r"""The isotropic variance with the best bound; :func:`calibrate_variance` makes one.
 

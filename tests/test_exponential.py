@@ -32,9 +32,9 @@ from sde_lib.samplers import (
     UniPC,
     fitted_grid,
 )
-from sde_lib.samplers.base import remembered
 from sde_lib.samplers.exponential import PREDICTIONS, polynomial_weights
 from sde_lib.samplers.flow_adams import RULES, SAMPLES, SEED, _look
+from sde_lib.samplers.remembered import remembered
 
 
 def starts(sde: SDE, count: int = 16) -> torch.Tensor:

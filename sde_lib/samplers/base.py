@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from sde_lib import validation
 from sde_lib.grids import Grid, Karras, checked
 from sde_lib.noise import Generator, check_generator, noise_over
 from sde_lib.reverse import Score
+from sde_lib.samplers.remembered import remembered
 from sde_lib.sde import SDE, Level
 
 Noise = Callable[[], Tensor]
-Value = TypeVar("Value")
 NoiseOver = Callable[[float, float], Noise]  # of a step between two values of log(sigma/alpha)
 Step = Callable[[Score, Tensor, Level, Level, Noise], Tensor]
 
@@ -389,34 +389,3 @@ def affine(
 
 def _levels(grid: Grid, sde: SDE, steps: int) -> Level:
     return sde.level(checked(grid, grid(sde, steps), sde, steps))
-
-
-_memory: dict[Hashable, Any] = {}
-
-
-def remembered(function: Callable[..., Value], *args: Hashable) -> Value:
-    """``function(*args)``, kept for the next time: every batch asks for the same table of numbers.
-
-    Not kept where an argument may still change: of objects, only frozen dataclasses of numbers,
-    strings and their like cannot.
-    """
-    if not all(_fixed(arg) for arg in args):
-        return function(*args)
-    if torch.is_inference_mode_enabled():  # what is kept must serve outside of it too
-        with torch.inference_mode(False), torch.no_grad():
-            return remembered(function, *args)
-    key = function, args
-    if key in _memory:
-        return _memory[key]
-    while len(_memory) >= 64:
-        _memory.pop(next(iter(_memory)))
-    return _memory.setdefault(key, function(*args))
-
-
-def _fixed(value: Hashable) -> bool:
-    if is_dataclass(value) and not isinstance(value, type):
-        compared = (getattr(value, part.name) for part in fields(value) if part.compare)
-        return type(value).__dataclass_params__.frozen and all(map(_fixed, compared))
-    if isinstance(value, tuple):
-        return all(map(_fixed, value))
-    return isinstance(value, str | int | float | None)

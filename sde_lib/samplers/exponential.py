@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sde_lib.reverse import Score
-from sde_lib.samplers.base import FixedStepSampler, Noise, Plan, Step, remembered
+from sde_lib.samplers.base import FixedStepSampler, Noise, Plan, Step
+from sde_lib.samplers.remembered import remembered
 from sde_lib.sde import SDE, Level
 
 POINTS = 20  # of Gauss-Legendre: exact to rounding for steps of up to some units of the clock

@@ -25,7 +25,28 @@ from sde_lib.sde import SDE, Level
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(LinearSampler):
+class ReverseStep(LinearSampler):
+    """A step of the reverse SDE, first order, with any amount of fresh noise.
+
+    Args:
+        eta: 1 is the reverse SDE, 0 the probability flow.
+    """
+
+    eta: float = 1.0
+    order: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.real(type(self).__name__, "eta", self.eta, at_least=0)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether fresh noise enters."""
+        return self.eta > 0
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(ReverseStep):
     r"""Euler-Maruyama on the reverse SDE; with eta = 0, Euler on the probability flow.
 
     .. math::  x \leftarrow x + \left[f x - \tfrac{1+\eta^2}{2} g^2 s\right] \Delta t + \eta g
@@ -39,18 +60,6 @@ class EulerMaruyama(LinearSampler):
         eta: Amount of fresh noise: 1 is the reverse SDE, 0 the probability flow.
     """
 
-    eta: float = 1.0
-    order: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validation.real("EulerMaruyama", "eta", self.eta, at_least=0)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether fresh noise enters."""
-        return self.eta > 0
-
     def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
         dt = nxt.t - now.t
         pull = -0.5 * (1 + self.eta**2) * now.diffusion**2 * dt
@@ -58,7 +67,7 @@ class EulerMaruyama(LinearSampler):
 
 
 @dataclass(frozen=True)
-class ReverseDiffusion(LinearSampler):
+class ReverseDiffusion(ReverseStep):
     r"""The reverse SDE discretised as the forward process is: one forward transition, reversed.
 
     The transition from the next level s up to t is :math:`N(a x, v)` with
@@ -75,18 +84,6 @@ class ReverseDiffusion(LinearSampler):
     Args:
         eta: Amount of fresh noise: 1 is the reverse SDE, 0 the probability flow.
     """
-
-    eta: float = 1.0
-    order: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        validation.real("ReverseDiffusion", "eta", self.eta, at_least=0)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether fresh noise enters."""
-        return self.eta > 0
 
     def coefficients(self, now: Level, nxt: Level) -> tuple[Tensor, Tensor, Tensor]:
         a, v = nxt.transition(now)

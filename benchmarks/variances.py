@@ -33,6 +33,7 @@ from likelihood import calibrate_variance, discrete_bounds  # noqa: E402
 from score_models import ScoreModel  # noqa: E402
 from score_models.variance_kinds import KINDS  # noqa: E402
 from sde_lib import VPSDE, ProbabilityFlow, probability_flow  # noqa: E402
+from sde_lib.distances import sliced_wasserstein  # noqa: E402
 from sde_lib.grids import Grid, Karras, UniformLogSNR, UniformTime  # noqa: E402
 from sde_lib.noise import randn  # noqa: E402
 from sde_lib.oracles import GaussianMixture  # noqa: E402
@@ -111,13 +112,8 @@ def of_checkpoint(checkpoint: Path) -> Case:
     return Case(flow, draw, test[:256], variances, min(128, len(everything) // 2))
 
 
-def sliced_w2(x: Tensor, y: Tensor, directions: int = 128) -> float:
-    """Root of the mean over random directions of the squared W2 of the projections."""
-    flat = (x.flatten(1).double(), y.flatten(1).double())
-    along = torch.randn(flat[0].shape[1], directions, generator=seeded(0), dtype=torch.float64)
-    along = along / along.norm(dim=0)
-    a, b = (torch.sort(part @ along, dim=0).values for part in flat)
-    return float((a - b).square().mean().sqrt())
+def sliced_w2(x: Tensor, y: Tensor) -> float:
+    return sliced_wasserstein(x, y, projections=128, generator=seeded(0)).value
 
 
 def sampled(case: Case, variance: ReverseVariance | str, steps: int, seed: int) -> float:

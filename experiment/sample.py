@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,78 +52,51 @@ def sample(
     units, their seeds, evaluations, wall time), where the digest tells other settings, seeds and
     numbers apart; for images also the grid and the strip from noise to data. Sample i depends on
     the seed and on i alone: not on the batch, which is halved where memory runs out, nor on how
-    many processes of torchrun share the work.
+    many processes of torchrun share the work. Only solvers that fit one step to a whole batch
+    (``sampler=adaptive``, to its tolerance) and correctors with ``scale=batch`` see neighbours.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
         num_samples: How many.
-        batch_size: How many at a time; sample i does not depend on it.
+        batch_size: How many at a time.
         temperature: Factor on the variance of all noise.
         precision: Of the network: float32, bfloat16 or float16; states stay in float32.
         compile: Whether ``torch.compile`` fuses the network.
         cuda_graph: Whether the whole trajectory is captured and replayed; needs a GPU and a
             sampler with steps known beforehand.
     """
-    num_samples = validation.count("mode=sample", "num_samples", num_samples)
-    batch_size = validation.count("mode=sample", "batch_size", batch_size)
-    temperature = validation.real("mode=sample", "temperature", temperature, above=0)
-    validation.choice("mode=sample", "precision", precision, PRECISIONS)
-    validation.flag("mode=sample", "compile", compile)
+    asked = Asked(num_samples, batch_size, temperature, precision, compile, cuda_graph)
     validation.installed("matplotlib")
     sampler: Sampler = run.build("sampler")
-    if validation.flag("mode=sample", "cuda_graph", cuda_graph):
+    if asked.cuda_graph:
         refuse_graph_on(run.device())
         Captured(sampler)  # refuses what it cannot capture
     data: Dataset = run.build("data")
     tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
-    like, asked_for = torch.zeros(1, *data.shape, device=run.device()), sampler
-    quick, place = faster(model, precision=precision, compile=compile), run.path / "fitted"
-    sampler = first_alone(
+    quick = faster(model, precision=precision, compile=compile)
+    like, place = torch.zeros(1, *data.shape, device=run.device()), run.path / "fitted"
+    made = first_alone(
         lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
     )
-    sampler = Captured(sampler) if cuda_graph else sampler
-
-    def drawn(rows: range) -> Drawn:
-        score = Counted(quick.score)
-        streams = sample_paths(run.seed, "samples", rows, run.device(), temperature=temperature)
-        way = draw(score, quick, sampler, data.shape, streams)
-        shown = [frame._replace(x=frame.x.cpu()) for frame in way] if rows.start == 0 else []
-        return Drawn(way[-1].x.cpu(), streams.seeds, score.nfe, shown)
-
+    made = Captured(made) if asked.cuda_graph else made
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
-        began = time.monotonic()
-        mine = share(num_samples)
-        starts = range(mine.start, mine.stop, batch_size)
-        batches = [range(start, min(start + batch_size, mine.stop)) for start in starts]
-        parts = gathered([part for rows in batches for part in halving(drawn, rows)])
+        parts, seconds = _drawn(run, quick, made, data.shape, asked)
         if rank() > 0:
             return  # the first process has all samples and writes them
-        seconds, nfe = time.monotonic() - began, max(part.nfe for part in parts)
         values = data.units.decode(torch.cat([part.samples for part in parts]))
-        asked = f"{asked_for!r} {run.seed} {num_samples} {path.absolute()}"
-        if (temperature, precision) != (1.0, "float32"):
-            asked += f" {temperature} {precision}"
-        digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
-        about = {
+        about = _about(run, sampler, asked, path) | {
             "iteration": iteration,
-            "sampler": called(run, asked_for),
-            "steps": getattr(asked_for, "steps", None),
-            "eta": getattr(asked_for, "eta", None),
-            "nfe": nfe,
-            "num_samples": num_samples,
-            "temperature": temperature,
-            "precision": precision,
+            "nfe": max(part.nfe for part in parts),
             "seconds": seconds,
-            "repr": repr(asked_for),
-            "checkpoint": str(path),
         }
-        name = f"{iteration:08d}-{about['sampler']}-{nfe}-{digest}"
+        digest = hashlib.sha256(asked.identity(sampler, run.seed, path).encode()).hexdigest()[:6]
+        name = f"{iteration:08d}-{about['sampler']}-{about['nfe']}-{digest}"
         array = run.path / "samples" / f"samples-{name}.npz"
         keep(values, [seed for part in parts for seed in part.seeds], about, array)
         say(
-            f"{num_samples} samples by {asked_for}, {nfe} evaluations each, "
+            f"{asked.num_samples} samples by {sampler}, {about['nfe']} evaluations each, "
             f"{seconds:.1f} s: {array}"
         )
         # of the model as it was loaded: a compiled network has no second derivatives
@@ -132,6 +106,69 @@ def sample(
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
     say(f"report: {write_report(run.path)}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What :func:`sample` was asked for, with whole numbers as such."""
+
+    num_samples: int
+    batch_size: int
+    temperature: float
+    precision: str
+    compile: bool
+    cuda_graph: bool
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "batch_size"):
+            whole = validation.count("mode=sample", name, getattr(self, name))
+            object.__setattr__(self, name, whole)
+        heat = validation.real("mode=sample", "temperature", self.temperature, above=0)
+        object.__setattr__(self, "temperature", heat)
+        validation.choice("mode=sample", "precision", self.precision, PRECISIONS)
+        validation.flag("mode=sample", "compile", self.compile)
+        validation.flag("mode=sample", "cuda_graph", self.cuda_graph)
+
+    def identity(self, sampler: Sampler, seed: int, checkpoint: Path) -> str:
+        """All that the samples depend on."""
+        about = f"{sampler!r} {seed} {self.num_samples} {checkpoint.absolute()}"
+        if (self.temperature, self.precision) == (1.0, "float32"):
+            return about
+        return f"{about} {self.temperature} {self.precision}"
+
+
+def _drawn(
+    run: Run, model: ScoreModel, sampler: Sampler, shape: tuple[int, ...], asked: Asked
+) -> tuple[list[Drawn], float]:
+    """The samples of all processes, in order, and the seconds that they took."""
+
+    def drawn(rows: range) -> Drawn:
+        score = Counted(model.score)
+        heat = asked.temperature
+        streams = sample_paths(run.seed, "samples", rows, run.device(), temperature=heat)
+        way = draw(score, model, sampler, shape, streams)
+        shown = [frame._replace(x=frame.x.cpu()) for frame in way] if rows.start == 0 else []
+        return Drawn(way[-1].x.cpu(), streams.seeds, score.nfe, shown)
+
+    began, mine = time.monotonic(), share(asked.num_samples)
+    starts = range(mine.start, mine.stop, asked.batch_size)
+    batches = [range(start, min(start + asked.batch_size, mine.stop)) for start in starts]
+    parts = gathered([part for rows in batches for part in halving(drawn, rows)])
+    return parts, time.monotonic() - began
+
+
+def _about(run: Run, sampler: Sampler, asked: Asked, path: Path) -> dict[str, Any]:
+    """What the samples are of, as far as it is known beforehand."""
+    return {
+        "sampler": called(run, sampler),
+        "steps": getattr(sampler, "steps", None),
+        "eta": getattr(sampler, "eta", None),
+        "num_samples": asked.num_samples,
+        "temperature": asked.temperature,
+        "precision": asked.precision,
+        "repr": repr(sampler),
+        "checkpoint": str(path),
+    }
 
 
 def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path) -> None:

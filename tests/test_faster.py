@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from score_models import EDM, ScoreModel, faster
@@ -16,6 +18,7 @@ from sde_lib import VPSDE, BrownianPaths, Counted
 from sde_lib.grids import UniformLogSNR
 from sde_lib.noise import noise_over
 from sde_lib.oracles import GaussianMixture
+from sde_lib.reverse import Score
 from sde_lib.samplers import (
     AdaptiveODE,
     Ancestral,
@@ -23,15 +26,30 @@ from sde_lib.samplers import (
     DPMSolverPP,
     FlowAdams,
     Heun,
+    OneStepSampler,
     PredictorCorrector,
     Sampler,
     TorchSDE,
 )
-from sde_lib.samplers.base import shortest
+from sde_lib.samplers.base import Noise, shortest
 from sde_lib.samplers.captured import Tape, rehearse
+from sde_lib.sde import Level
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@dataclass(frozen=True)
+class Twice(OneStepSampler):
+    """Draws two numbers a step: the increment of the path, and a fresh one."""
+
+    stochastic = True
+
+    def step(self, score: Score, x: Tensor, now: Level, nxt: Level, noise: Noise) -> Tensor:
+        return nxt.sigma * (0.6 * noise() + 0.8 * noise()) + 0 * score(x, now.t)
+
+
 PLANNED = {
+    "twice": Twice,
     "flow_adams": partial(FlowAdams, grid=UniformLogSNR()),
     "ancestral": Ancestral,
     "dpmpp_sde": partial(DPMSolverPP, eta=1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from sde_lib.reverse_variance import (
     PosteriorVariance,
     posterior,
 )
-from sde_lib.samplers import DDIM, Ancestral, PredictorCorrector
+from sde_lib.samplers import DDIM, Ancestral, DPMSolverPP, PredictorCorrector
 
 
 def exact_variance(sde: SDE, data: Gaussian, steps: int) -> AnalyticVariance:
@@ -193,3 +194,16 @@ def test_the_limit_of_the_last_step_for_images_is_two_levels_a_pixel_on_average(
         density = torch.distributions.Normal(0.0, std).log_prob(z).exp()
         mean = torch.trapezoid(z.abs() * density, z)
         assert float(mean) == pytest.approx(2 * 2 / 255, rel=0.005), "three digits"
+
+
+@pytest.mark.parametrize("eta", [1.0, 1.7, 6.0])
+def test_beyond_one_the_step_is_that_of_sde_dpm_solver(sde, mixture, eta) -> None:
+    x = sde.prior_sample((5, 2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = [
+        make(6, grid=UniformLogSNR(), eta=eta, denoise=False)(
+            mixture.score(sde), sde, x, generator=torch.Generator().manual_seed(1)
+        )
+        for make in (Ancestral, partial(DPMSolverPP, order=1))
+    ]
+
+    assert_close(ends[0], ends[1], rtol=1e-6, atol=1e-8)

@@ -3,6 +3,7 @@
 from score_models.acceleration import Autocast, faster
 from score_models.model import ScoreModel
 from score_models.objective import (
+    DenoisingScoreMatching,
     EDMWeight,
     Objective,
     maximum_likelihood,
@@ -18,6 +19,7 @@ __all__ = [
     "EDM",
     "Autocast",
     "Data",
+    "DenoisingScoreMatching",
     "EDMWeight",
     "ImportanceTimes",
     "LogNormalSigma",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch import Tensor
 from score_models.model import ScoreModel
 from score_models.times import TimeSampler, UniformTimes
 from sde_lib import validation
-from sde_lib.noise import Generator, randn_like
-from sde_lib.sde import Level, expand_like
+from sde_lib.noise import Generator, randn
+from sde_lib.sde import SDE, Level, expand_like
 
 Weight = Callable[[Level], Tensor]
 
@@ -78,9 +79,54 @@ def score_matching_loss(
     return relative * error.square().flatten(1).mean(1)
 
 
+class Objective(ABC):
+    """What training minimises, in two halves: the randomness of a batch, and its loss.
+
+    Whoever trains may draw ahead, in another thread or process, for some rows of a batch or for
+    all of them. An objective with weights or a state of its own is a ``torch.nn.Module`` too; they
+    are trained and stored with the model.
+    """
+
+    @abstractmethod
+    def draw(self, sde: SDE, shape: Sequence[int], generator: Generator) -> dict[str, Tensor]:
+        """Everything random about the loss of a batch of ``shape`` [B, ...]: tensors [B, ...] on
+        the CPU. The model is not asked."""
+
+    @abstractmethod
+    def loss(
+        self,
+        model: ScoreModel,
+        x0: Tensor,
+        draws: Mapping[str, Tensor],
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        """Loss of each sample [B]; does not wait for the device.
+
+        Args:
+            model: The score model.
+            x0: Data in model units, [B, ...].
+            draws: What :meth:`draw` gave, on the device of ``x0``.
+            cond: Conditioning passed to the network.
+        """
+
+    def observe(self, draws: Mapping[str, Tensor], losses: Tensor) -> None:  # noqa: B027
+        """Hear of the losses of a whole batch, after its update."""
+
+    def __call__(
+        self,
+        model: ScoreModel,
+        x0: Tensor,
+        generator: Generator = None,
+        cond: Tensor | None = None,
+    ) -> Tensor:
+        """Per-sample loss [B] at fresh randomness."""
+        draws = self.draw(model.sde, x0.shape, generator)
+        return self.loss(model, x0, {k: v.to(x0.device) for k, v in draws.items()}, cond)
+
+
 @dataclass(frozen=True)
-class Objective:
-    """A weighting and a way to draw times; together they are what training minimises.
+class DenoisingScoreMatching(Objective):
+    """A weighting and a way to draw times.
 
     The mean over a batch estimates the integral of the weighted loss over t in [t_min, t_max],
     divided by t_max - t_min, whichever way the times are drawn, if they state their importance;
@@ -94,15 +140,20 @@ class Objective:
     weight: Weight = noise_regression
     times: TimeSampler = UniformTimes()
 
-    def __call__(
+    def draw(self, sde: SDE, shape: Sequence[int], generator: Generator) -> dict[str, Tensor]:
+        """Times and importances [B], noise [B, ...]."""
+        t, importance = self.times(sde, shape[0], generator)
+        noise = randn(shape, generator)
+        return {"t": t, "importance": importance.to(noise), "noise": noise}
+
+    def loss(
         self,
         model: ScoreModel,
         x0: Tensor,
-        generator: Generator = None,
+        draws: Mapping[str, Tensor],
         cond: Tensor | None = None,
     ) -> Tensor:
-        """Per-sample loss [B] at fresh times and noise."""
-        t, importance = self.times(model.sde, len(x0), generator)
-        noise = randn_like(x0, generator)
-        loss = score_matching_loss(model, x0, t.to(x0.device), noise, self.weight, cond)
-        return importance.to(loss) * loss
+        """Weighted squared error of the score, see :func:`score_matching_loss`."""
+        noise = draws["noise"].to(x0.dtype)
+        loss = score_matching_loss(model, x0, draws["t"], noise, self.weight, cond)
+        return draws["importance"].to(loss) * loss

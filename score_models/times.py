@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import validation
-from sde_lib.noise import Generator, rand
+from sde_lib.noise import Generator, rand, whole_batch
 from sde_lib.sde import SDE, Level
 
 
@@ -32,11 +32,12 @@ class TimeSampler(ABC):
 
     def __call__(self, sde: SDE, n: int, generator: Generator = None) -> tuple[Tensor, Tensor]:
         """Times and importances, both [n], float64."""
-        u = rand((n,), generator, dtype=torch.float64)
+        generator, size, rows = whole_batch(generator, n)
+        u = rand((size,), generator, dtype=torch.float64)
         if self.stratified:
-            order = rand((n,), generator, dtype=torch.float64).argsort()
-            u = (order.double() + u) / n
-        return self.quantile(sde, u)
+            order = rand((size,), generator, dtype=torch.float64).argsort()
+            u = (order.double() + u) / size
+        return self.quantile(sde, u[rows])
 
     @abstractmethod
     def quantile(self, sde: SDE, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Continuous-time diffusion processes and everything that moves a sample through time."""
 
+from sde_lib.batch_rows import BatchRows
 from sde_lib.brownian import BrownianPaths
 from sde_lib.counting import Counted
 from sde_lib.discrete import DiscreteSDE
@@ -12,6 +13,7 @@ __all__ = [
     "SDE",
     "VESDE",
     "VPSDE",
+    "BatchRows",
     "BrownianPaths",
     "CosineSDE",
     "Counted",

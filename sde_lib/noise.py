@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sde_lib import validation
+from sde_lib.batch_rows import BatchRows
 
 
 class PerSample:
@@ -103,7 +104,8 @@ def _mixed(seed: int, bits: int) -> int:
     return int.from_bytes(digest[: -(-bits // 8)], "big") & (2**bits - 1)
 
 
-Generator = torch.Generator | PerSample | None
+Generator = torch.Generator | PerSample | BatchRows | None
+ROWS = PerSample | BatchRows  # kinds with numbers of their own for each row
 
 
 def check_generator(owner: str, generator: object, batch: int | None = None) -> None:
@@ -112,25 +114,34 @@ def check_generator(owner: str, generator: object, batch: int | None = None) -> 
     Raises:
         ValueError: Saying what can.
     """
-    if not (generator is None or isinstance(generator, torch.Generator | PerSample)):
+    if not (generator is None or isinstance(generator, torch.Generator | ROWS)):
         raise ValueError(
             f"{owner} needs generator to be a torch.Generator, a PerSample or None; got "
             f"{generator!r}. torch.Generator().manual_seed(0) makes one."
         )
-    if isinstance(generator, PerSample) and batch is not None:
+    if isinstance(generator, ROWS) and batch is not None:
         generator.check(batch)
 
 
 def of_rows(generator: Generator, rows: Sequence[int]) -> Generator:
     """The source of numbers for some ``rows`` of a batch alone; a ``torch.Generator`` has none of
     its own for each row, and serves any."""
-    return generator.select(rows) if isinstance(generator, PerSample) else generator
+    return generator.select(rows) if isinstance(generator, ROWS) else generator
+
+
+def whole_batch(generator: Generator, n: int) -> tuple[Generator, int, slice]:
+    """For what is drawn for a batch together, such as stratified times: the source of numbers of
+    the whole batch, its size, and which of its rows the ``n`` drawn here are."""
+    if isinstance(generator, BatchRows):
+        generator.check(n)
+        return generator.whole, generator.size, slice(generator.rows.start, generator.rows.stop)
+    return generator, n, slice(n)
 
 
 def _draw(kind: str, shape, generator, device, dtype) -> Tensor:  # noqa: ANN001
     dtype = dtype or torch.get_default_dtype()
     device = torch.device(device or getattr(generator, "device", None) or "cpu")
-    if isinstance(generator, PerSample):
+    if isinstance(generator, ROWS):
         return getattr(generator, kind)(shape, dtype, device)
     source = generator.device if generator is not None else device
     return getattr(torch, kind)(tuple(shape), generator=generator, dtype=dtype, device=source).to(

@@ -9,11 +9,11 @@ from torch.testing import assert_close
 
 from score_models import (
     EDM,
+    DenoisingScoreMatching,
     EDMWeight,
     ImportanceTimes,
     LogNormalSigma,
     Noise,
-    Objective,
     ScoreModel,
     UniformTimes,
     maximum_likelihood,
@@ -125,10 +125,10 @@ def test_importance_times_are_unbiased_for_any_weighting_and_process(sde, weight
 def test_importance_times_reduce_the_variance_of_the_likelihood_loss():
     sde, n = VPSDE(), 4096
     x0 = STD * torch.randn(n, 4, generator=torch.Generator().manual_seed(0))
-    by_importance = Objective(
+    by_importance = DenoisingScoreMatching(
         maximum_likelihood, ImportanceTimes(weight=maximum_likelihood, stratified=False)
     )
-    uniform = Objective(maximum_likelihood, UniformTimes(stratified=False))
+    uniform = DenoisingScoreMatching(maximum_likelihood, UniformTimes(stratified=False))
     a = by_importance(exact_model(sde), x0, torch.Generator().manual_seed(1))
     b = uniform(exact_model(sde), x0, torch.Generator().manual_seed(1))
     # two means of the same number: they agree, and one is far less noisy
@@ -171,7 +171,7 @@ def test_log_normal_times_follow_the_normal_law_of_log_sigma(reweight):
 def test_a_loss_is_a_function_of_its_generator_alone():
     sde = VPSDE()
     x0 = torch.randn(8, 4)
-    objective = Objective(noise_regression, UniformTimes())
+    objective = DenoisingScoreMatching(noise_regression, UniformTimes())
     torch.manual_seed(1)
     a = objective(exact_model(sde), x0, torch.Generator().manual_seed(7))
     torch.manual_seed(2)
@@ -189,4 +189,4 @@ def test_bad_choices_are_refused_with_the_reason():
     with pytest.raises(ValueError, match="std"):
         LogNormalSigma(std=0.0)
     with pytest.raises(ValueError, match="one seed a sample"):
-        Objective()(exact_model(VPSDE()), torch.zeros(3, 4), PerSample([1, 2]))
+        DenoisingScoreMatching()(exact_model(VPSDE()), torch.zeros(3, 4), PerSample([1, 2]))

@@ -17,12 +17,19 @@ from experiment.checkpoint import load_checkpoint, save_checkpoint
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.training import Batches, State, Training, fit, stream
-from score_models import EDM, Noise, Objective, ScoreModel, UniformTimes, noise_regression
+from score_models import (
+    EDM,
+    DenoisingScoreMatching,
+    Noise,
+    ScoreModel,
+    UniformTimes,
+    noise_regression,
+)
 from score_models.networks import MLP
 from sde_lib import VPSDE
 from sde_lib.oracles import Gaussian
 
-OBJECTIVE = Objective(noise_regression, UniformTimes())
+OBJECTIVE = DenoisingScoreMatching(noise_regression, UniformTimes())
 SHORT = Training(steps=8, batch_size=16, lr=0.01, warmup=3, weight_decay=0.1, log_every=1)
 
 

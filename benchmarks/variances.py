@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT)
 
 from benchmarks.likelihood_targets import modes  # noqa: E402
+from experiment.batches import trained_units  # noqa: E402
 from experiment.checkpoint import load_checkpoint, load_weights, stored_config  # noqa: E402
 from experiment.config import check_targets  # noqa: E402
 from experiment.fitted import digest_of  # noqa: E402
-from experiment.training import trained_units  # noqa: E402
 from experiment.variance_heads import kept_head  # noqa: E402
 from likelihood import calibrate_variance, discrete_bounds  # noqa: E402
 from score_models import ScoreModel  # noqa: E402

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.batches import trained_units
 from experiment.contenders import Trial, trials
 from experiment.data import Dataset
 from experiment.errors import RunError
@@ -19,7 +20,6 @@ from experiment.progress import say
 from experiment.run import Run
 from experiment.seeds import sample_paths, stream
 from experiment.shards import halving
-from experiment.training import trained_units
 from score_models import ScoreModel
 from sde_lib import Counted, validation
 from sde_lib.distances import (

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
+from experiment.batches import trained_units
 from experiment.data import Dataset
 from experiment.fitted import fitted, keep_variance
 from experiment.progress import say
 from experiment.run import Run
 from experiment.seeds import stream
 from experiment.shards import alone
-from experiment.training import trained_units
 from likelihood import calibrate_variance
 from score_models import ScoreModel
 from sde_lib import probability_flow, validation

@@ -191,18 +191,29 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None, p
     """Put ``weights`` into ``model``.
 
     Raises:
+        CheckpointError: If they do not fit, see :func:`check_weights`.
+    """
+    own = {name: values.shape for name, values in model.state_dict().items()}
+    model.load_state_dict(check_weights(own, weights, path))
+
+
+def check_weights(
+    own: Mapping[str, torch.Size], weights: Mapping[str, torch.Tensor] | None, path: Path
+) -> Mapping[str, torch.Tensor]:
+    """``weights``, if they fit a model with ``own`` shapes.
+
+    Raises:
         CheckpointError: If they do not fit, with every difference of name or shape (the first
             eight).
     """
     if not isinstance(weights, Mapping):
         raise CheckpointError(path, "it holds no weights", "pass a file written by mode=train")
-    own = model.state_dict()
     wrong = [f"{name} missing" for name in own if name not in weights]
     wrong += [f"{name} unknown" for name in weights if name not in own]
     wrong += [
-        f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name].shape)}"
+        f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name])}"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        if name in weights and weights[name].shape != own[name]
     ]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -211,7 +222,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None, p
             f"its weights do not fit the network: {'; '.join(wrong[:8])}{more}",
             "rebuild with the configuration it was trained with, or choose another run.name",
         )
-    model.load_state_dict(weights)
+    return weights
 
 
 def _read(path: Path) -> bytes:

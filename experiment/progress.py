@@ -77,8 +77,11 @@ def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
 def say(text: str) -> None:
     """Print ``text`` as a line of its own: a bar on the terminal makes room and comes back.
 
-    A reader that has gone (``| head``) or a closed stdout costs the line and not the run.
+    A reader that has gone (``| head``) or a closed stdout costs the line and not the run. Of
+    several processes only the first speaks.
     """
+    if _one_of_many():
+        return
     try:
         from tqdm import tqdm
 
@@ -92,8 +95,12 @@ def say(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+def _one_of_many() -> bool:
+    return os.environ.get("RANK", "0") != "0"
+
+
 def _watched() -> bool:
     try:
-        return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        return not _one_of_many() and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
     except (AttributeError, ValueError, OSError):  # stderr is None, or closed
         return False

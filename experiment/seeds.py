@@ -12,14 +12,14 @@ from sde_lib import BrownianPaths, PerSample
 
 def stream(seed: int, purpose: str, index: int) -> torch.Generator:
     """A CPU generator that is a function of (seed, purpose, index)."""
-    return torch.Generator().manual_seed(_hashed(seed, purpose, index))
+    return torch.Generator().manual_seed(hashed(seed, purpose, index))
 
 
 def sample_streams(
     seed: int, purpose: str, indices: Iterable[int], device: torch.device | str = "cpu"
 ) -> PerSample:
     """One stream a sample: sample i depends on (seed, purpose, i), whatever batch it sits in."""
-    return PerSample([_hashed(seed, purpose, i) for i in indices], device)
+    return PerSample([hashed(seed, purpose, i) for i in indices], device)
 
 
 def sample_paths(
@@ -31,11 +31,11 @@ def sample_paths(
     temperature: float = 1.0,
 ) -> BrownianPaths:
     """The same streams for samplers: whatever its steps, sample i follows one Brownian path."""
-    seeds = [_hashed(seed, purpose, i) for i in indices]
+    seeds = [hashed(seed, purpose, i) for i in indices]
     return BrownianPaths(seeds, device, temperature=temperature)
 
 
-def _hashed(seed: int, purpose: str, index: int) -> int:
+def hashed(seed: int, purpose: str, index: int) -> int:
     """63 bits; a seed of any size gives streams of its own."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

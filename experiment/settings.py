@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from experiment.batches import trained_units
 from experiment.data import Dataset
 from experiment.progress import say
-from experiment.training import trained_units
 from likelihood import (
     Basis,
     Cosine,

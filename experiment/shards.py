@@ -9,6 +9,8 @@ from datetime import timedelta
 from types import ModuleType
 from typing import TypeVar
 
+import torch
+
 from experiment.errors import RunError
 from experiment.progress import say
 from sde_lib.memory import in_halves
@@ -58,7 +60,7 @@ def gathered(parts: list[Part]) -> list[Part]:
     if world_size() == 1:
         return parts
     everyone: list[list[Part]] = [[] for _ in range(world_size())]
-    _together().all_gather_object(everyone, parts)
+    together().all_gather_object(everyone, parts)
     return [part for one in everyone for part in one]
 
 
@@ -67,19 +69,20 @@ def first_alone(make: Callable[[], Part]) -> Part:
     if world_size() == 1:
         return make()
     if rank() > 0:
-        _together().barrier()
+        together().barrier()
         return make()
     made = make()
-    _together().barrier()
+    together().barrier()
     return made
 
 
-def _together() -> ModuleType:
+def together() -> ModuleType:
     """torch.distributed, joined; a process waits for others as long as their work takes."""
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=30))
         atexit.register(dist.destroy_process_group)  # else its threads may end in an abort
     return dist
 

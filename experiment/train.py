@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from types import FrameType
-from typing import Any
 
 import torch
 
+from experiment.batches import Batches
 from experiment.checkpoint import (
+    check_weights,
     list_checkpoints,
     load_newest,
-    load_weights,
     save_checkpoint,
     stored_config,
 )
@@ -25,17 +25,20 @@ from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Evaluation, evaluate, show
 from experiment.ledger import append_evaluation, evaluated
+from experiment.processes import Processes
 from experiment.progress import say
 from experiment.record import Record
 from experiment.report import write_report
 from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
-from experiment.shards import alone
-from experiment.trackers import Safe, Tracker
-from experiment.training import Batches, State, Training, fit
+from experiment.shards import rank
+from experiment.speed import Speed, keep_freed_memory
+from experiment.state import State
+from experiment.trackers import NoTracker, Safe, Tracker
+from experiment.training import Training, fit
 from likelihood import Dequantization
-from score_models import ScoreModel
+from score_models import Objective, ScoreModel
 from sde_lib import validation
 from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler, SamplingError
@@ -50,7 +53,6 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         run: The composed configuration.
         quick_samples: Samples of the grid drawn at each evaluation.
     """
-    alone("train")
     if run.config["checkpoint"]:
         raise RunError(
             f"checkpoint={run.config['checkpoint']} is for mode=likelihood and mode=sample; "
@@ -64,20 +66,35 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     likelihood.check(data, on_centres=not settings.dequantize)
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
-    objective = run.build("objective")
-    model = _seeded(run)
+    speed: Speed = run.build("speed")
+    processes: Processes = run.build("distributed")
+    processes.share(settings.batch_size)  # refuses a batch that is too small
+    if run.device().type == "cpu":
+        keep_freed_memory()
+    model, objective = _seeded(run)
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(
             f"variance={name} is found out about a trained model; train with another sampler, "
             f"then run {VARIANCES[name].mode} and mode=sample with this one."
         )
-    state = State.fresh(model, settings)
-    tracker = Safe(run.build("tracking"))
-    if run.fresh:
+    processes.join()
+    first = processes.rank == 0
+    tracker = Safe(run.build("tracking") if first else NoTracker())
+    if run.fresh and first:
         run.set_aside()
-    with run.owned():
-        run.write_config()
+    with run.owned() if first else nullcontext():
+        if first:
+            run.write_config()
+        processes.largest(0)  # the directory is there, and all are
+        state = State(
+            model,
+            objective,
+            settings.profiles,
+            settings.adam,
+            speed=speed,
+            processes=processes,
+        )
         resumed = _resume(run, state, settings)
         whole = min(likelihood.max_samples or len(data.test), len(data.test))
         scored = evaluated(run.path, state.iteration, whole)
@@ -88,15 +105,13 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
                 "run.fresh=true starts over."
             )
             return
-        _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples).go(
-            state, objective
-        )
+        _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples).go(state)
 
 
-def _seeded(run: Run) -> ScoreModel:
-    """The model with weights that depend on the seed alone."""
+def _seeded(run: Run) -> tuple[ScoreModel, Objective]:
+    """Model and objective with weights that depend on the seed alone."""
     torch.manual_seed(run.seed)
-    return run.build_model().to(run.device())
+    return run.build_model().to(run.device()), run.build("objective")
 
 
 def _resume(run: Run, state: State, settings: Training) -> bool:
@@ -105,7 +120,7 @@ def _resume(run: Run, state: State, settings: Training) -> bool:
     if newest is None:
         return False
     path, stored = newest
-    load_weights(state.ema, stored.get("ema"), path)  # names every difference
+    check_weights(state.shapes, stored.get("ema"), path)  # names every difference
     state.load(stored)
     say(f"going on from {path}, iteration {state.iteration}")
     planned = stored_config(path, stored).get("training", {}).get("steps", settings.steps)
@@ -139,11 +154,14 @@ class _Trainer:
         self.began = time.monotonic()
         self.stop_signal = 0
         self.evaluating = False
+        self.unsaved = 0
+        self.first = rank() == 0
 
-    def go(self, state: State, objective: Callable[..., Any]) -> None:
+    def go(self, state: State) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
         run = self.run
-        self.record.cut(state.iteration)
+        if self.first:
+            self.record.cut(state.iteration)
         name = run.config["run"]["name"]
         weights = sum(p.numel() for p in state.model.parameters())
         say(
@@ -157,7 +175,6 @@ class _Trainer:
             with _Signals(self):
                 done = fit(
                     state,
-                    objective,
                     self.data,
                     self.settings,
                     seed=run.seed,
@@ -165,28 +182,45 @@ class _Trainer:
                     on_log=self.log,
                     on_checkpoint=self.checkpoint,
                     on_evaluate=self.glance,
-                    should_stop=lambda: self.stop_signal != 0,
+                    should_stop=self.stopping,
                 )
                 if done:
                     self.evaluating = True
                     self.evaluate(state)
                     exit_code = 0
-            run.set_state("finished" if done else "stopped")
+            self.became("finished" if done else "stopped")
         except BaseException:
-            run.set_state("failed" if state.iteration < self.settings.steps else "not evaluated")
+            self.became("failed" if state.iteration < self.settings.steps else "not evaluated")
             raise
         finally:
-            report = write_report(run.path)
+            report = write_report(run.path) if self.first else None
             self.tracker.finish(128 + self.stop_signal if self.stop_signal else exit_code)
         if not done:
-            say(f"stopped at iteration {state.iteration}; the same command goes on from there.")
-            raise SystemExit(128 + self.stop_signal)
+            why = "" if self.stop_signal else f" after {self.settings.max_seconds:g} seconds"
+            say(
+                f"stopped{why} at iteration {state.iteration}; the same command goes on from "
+                "there."
+            )
+            raise SystemExit(128 + self.stop_signal if self.stop_signal else 0)
         say(f"took {time.monotonic() - self.began:.0f} s\nreport: {report}")
         if self.tracker.describe():
             say(self.tracker.describe())
 
+    def became(self, state: str) -> None:
+        """Note how far the run is."""
+        if self.first:
+            self.run.set_state(state)
+
+    def stopping(self) -> int:
+        """Whether to stop: a signal came, or the time is over."""
+        limit = self.settings.max_seconds
+        over = limit is not None and time.monotonic() - self.began > limit
+        return self.stop_signal or int(over)
+
     def log(self, values: dict[str, float], iteration: int) -> None:
         """Metrics to the record and to the tracker."""
+        if not self.first:
+            return
         self.record.log(values, iteration)
         self.tracker.log(values, iteration)
         if (
@@ -206,12 +240,17 @@ class _Trainer:
             "torch": str(torch.__version__),
             **state.state_dict(),
         }
+        if not self.first:
+            return
         try:
             save_checkpoint(self.run.checkpoints, state.iteration, contents)
+            self.unsaved = 0
         except OSError as error:
+            self.unsaved += 1
             if (
                 not list_checkpoints(self.run.checkpoints)
                 or state.iteration >= self.settings.steps
+                or self.unsaved >= MOST_UNSAVED
             ):
                 raise
             say(
@@ -227,25 +266,27 @@ class _Trainer:
             self.draw(state)
         except SamplingError as error:  # an early model may be too rough for a solver
             say(f"warning: evaluation at iteration {state.iteration} left out ({error})")
-        write_report(self.run.path)
+        if self.first:
+            write_report(self.run.path)
 
     def evaluate(self, state: State) -> None:
         """Likelihood of the whole test set and samples: the result of the run."""
-        settings, run = self.likelihood, self.run
+        settings, run, model = self.likelihood, self.run, state.ema
         made = dequantizer(
-            settings, self.data, state.ema, run.path, f"{state.iteration:08d}", seed=run.seed
+            settings, self.data, model, run.path, f"{state.iteration:08d}", seed=run.seed
         )
         result = self.score(state, settings, "test likelihood", made)
         bounds = None
         if settings.bounds:
             bounds = estimate(
-                state.ema, self.data, settings, result, seed=run.seed, dequantization=made
+                model, self.data, settings, result, seed=run.seed, dequantization=made
             )
             show_estimates(bounds)
-        name = list_checkpoints(run.checkpoints)[-1].name
-        append_evaluation(
-            run.path, result, state.iteration, state.ema, self.data, settings, name, bounds
-        )
+        if self.first:
+            name = list_checkpoints(run.checkpoints)[-1].name
+            append_evaluation(
+                run.path, result, state.iteration, model, self.data, settings, name, bounds
+            )
         self.draw(state)
 
     def score(
@@ -270,11 +311,17 @@ class _Trainer:
 
     def draw(self, state: State) -> None:
         """Grid and strip of the averaged model."""
+        model = state.ema
+        if not self.first:
+            return
         picture = draw_and_save(
-            self.run, state.ema, self.sampler, self.data, state.iteration, self.quick_samples
+            self.run, model, self.sampler, self.data, state.iteration, self.quick_samples
         )
         if picture is not None:
             self.tracker.image("samples/grid", picture, state.iteration)
+
+
+MOST_UNSAVED = 3  # checkpoints in a row that may fail
 
 
 class _Signals:

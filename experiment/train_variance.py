@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiment.batches import Batches, trained_units
 from experiment.calibrate import calibrated
 from experiment.data import Dataset
 from experiment.estimators import bound_times
@@ -19,7 +20,6 @@ from experiment.run import Run
 from experiment.seeds import sample_streams, stream
 from experiment.settings import UNITS, per_nat
 from experiment.shards import alone
-from experiment.training import Batches, trained_units
 from experiment.variance_heads import (
     HeadSettings,
     StoredHead,

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import math
+import resource
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiment.averages import Exponential, Power, Profile
+from experiment.batches import Batch, Recipe, trained_units
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.errors import RunError
-from experiment.progress import progress
-from experiment.seeds import stream
-from likelihood import Dequantization, Standardization, TruncatedNormalDequantization
-from score_models import Objective, ScoreModel
+from experiment.feed import Feed
+from experiment.progress import progress, say
+from experiment.seeds import hashed
+from experiment.state import State
+from score_models import Objective
 from sde_lib import validation
+from sde_lib.memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,24 @@ class Training:
         lr: Learning rate of AdamW after warm-up.
         warmup: Iterations over which it rises from zero.
         decay: Whether it falls to zero along a cosine; else it stays.
-        beta2: Decay of AdamW's second moment.
+        beta1: Decay of AdamW's first moment.
+        beta2: Decay of its second moment.
         weight_decay: AdamW's weight decay, >= 0.
         clip: Gradients are scaled down to this norm.
         dequantize: Whether K-level data are spread over their bins; false trains on bin centres,
             which ``likelihood.dequantization=truncated_normal`` wants.
-        ema: Decay of the averaged weights, which are the ones evaluated; it warms up as (1 + n) /
-            (10 + n).
+        ema: Decay of the averaged weights, which are the ones evaluated, or several decays, the
+            first for that; see :class:`experiment.averages.Exponential`.
+        power_ema: Widths of averages over a share of the training, for
+            :mod:`experiment.posthoc`; see :class:`experiment.averages.Power`.
+        label_dropout: Share of samples trained without their conditioning, for classifier-free
+            guidance, in [0, 1).
         max_skipped: How many iterations with a loss or gradient that is not finite may be passed
             over without an update; one more stops training.
         log_every: Iterations between lines of the record.
         checkpoint_every: Iterations between checkpoints.
         evaluate_every: Iterations between evaluations; the end is always evaluated.
+        max_seconds: After so long training saves and stops; the same command goes on. None: never.
     """
 
     steps: int = 1000
@@ -53,15 +65,19 @@ class Training:
     lr: float = 1e-3
     warmup: int = 100
     decay: bool = True
+    beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.01
     clip: float = 1.0
     dequantize: bool = True
-    ema: float = 0.999
+    ema: float | Sequence[float] = 0.999
+    power_ema: Sequence[float] = ()
+    label_dropout: float = 0.0
     max_skipped: int = 0
     log_every: int = 50
     checkpoint_every: int = 500
     evaluate_every: int = 1000
+    max_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "checkpoint_every", "evaluate_every"):
@@ -72,8 +88,14 @@ class Training:
         validation.real("training", "lr", self.lr, above=0)
         validation.real("training", "clip", self.clip, above=0)
         validation.real("training", "weight_decay", self.weight_decay, at_least=0)
-        validation.real("training", "ema", self.ema, at_least=0, below=1)
+        validation.real("training", "beta1", self.beta1, at_least=0, below=1)
         validation.real("training", "beta2", self.beta2, above=0, below=1)
+        validation.real("training", "label_dropout", self.label_dropout, at_least=0, below=1)
+        if self.max_seconds is not None:
+            validation.real("training", "max_seconds", self.max_seconds, above=0)
+        names = [profile.name for profile in self.profiles]
+        if len({*names}) < len(names):
+            raise ValueError(f"training needs averages that differ; got {', '.join(names)}.")
         validation.flag("training", "decay", self.decay)
         validation.flag("training", "dequantize", self.dequantize)
 
@@ -84,119 +106,22 @@ class Training:
             rate * 0.5 * (1 + math.cos(math.pi * iteration / self.steps)) if self.decay else rate
         )
 
-    def ema_at(self, iteration: int) -> float:
-        """Decay of the average at an iteration, counted from 0: short at first."""
-        return min(self.ema, (1 + iteration) / (10 + iteration))
+    @property
+    def profiles(self) -> list[Profile]:
+        """Of the averages of the weights; the first is the one that is evaluated."""
+        decays = self.ema if isinstance(self.ema, Sequence) and self.ema else [self.ema]
+        widths = self.power_ema or ()
+        return [*(Exponential(decay) for decay in decays), *(Power(width) for width in widths)]
 
-
-def trained_units(training: Mapping[str, Any], data: Dataset) -> Dequantization | Standardization:
-    """What makes of ``data`` the samples that a model is trained on.
-
-    All that is measured on training data for a model has to use these.
-
-    Args:
-        training: The configuration of its training, as stored with the model.
-        data: Of K levels, or continuous.
-    """
-    if data.levels is None or training.get("dequantize", True):
-        return data.units
-    return TruncatedNormalDequantization(data.levels, data.units.low, data.units.high)
-
-
-@dataclass
-class State:
-    """What training changes: the model, its average and the optimiser."""
-
-    model: ScoreModel
-    ema: ScoreModel
-    optimizer: torch.optim.Optimizer
-    iteration: int = 0
-    skipped: int = 0
-
-    @classmethod
-    def fresh(cls, model: ScoreModel, settings: Training) -> State:
-        """The state before the first iteration."""
-        ema = copy.deepcopy(model).requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.lr,
-            betas=(0.9, settings.beta2),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
-        return cls(model, ema, optimizer)
-
-    @torch.no_grad()
-    def update(self, lr: float, decay: float) -> None:
-        """One step of the optimiser, and of the average behind it; buffers are copied."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        averages, weights = list(self.ema.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        for average, buffer in zip(self.ema.buffers(), self.model.buffers(), strict=True):
-            average.copy_(buffer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on to the bit; batches and noise follow from (seed, iteration)."""
-        return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "skipped": self.skipped,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration, self.skipped = int(state["iteration"]), int(state["skipped"])
-
-
-@dataclass
-class Batches:
-    """Which samples each iteration sees: shuffled epochs, a function of (seed, iteration) alone.
-
-    Args:
-        size: Samples in the training set.
-        batch_size: At most ``size``.
-        seed: Seed of the shuffles.
-    """
-
-    size: int
-    batch_size: int
-    seed: int
-    _epochs: dict[int, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.batch_size > self.size:
-            raise ValueError(
-                f"training.batch_size={self.batch_size} is larger than the training "
-                f"set of {self.size} samples; "
-                "make it smaller."
-            )
-
-    def __call__(self, iteration: int) -> Tensor:
-        """Indices [batch_size] of an iteration, from 0; an epoch's rest opens the next batch."""
-        start = iteration * self.batch_size
-        first, last = start // self.size, (start + self.batch_size - 1) // self.size
-        shuffled = torch.cat([self._epoch(epoch) for epoch in range(first, last + 1)])
-        offset = start - first * self.size
-        return shuffled[offset : offset + self.batch_size]
-
-    def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = torch.randperm(
-                self.size, generator=stream(self.seed, "epoch", epoch)
-            )
-        return self._epochs[epoch]
+    @property
+    def adam(self) -> dict[str, Any]:
+        """Arguments of the optimiser."""
+        betas = self.beta1, self.beta2
+        return {"lr": self.lr, "betas": betas, "weight_decay": self.weight_decay}
 
 
 def fit(
     state: State,
-    objective: Objective,
     data: Dataset,
     settings: Training,
     *,
@@ -205,13 +130,16 @@ def fit(
     on_log: Callable[[dict[str, float], int], None],
     on_checkpoint: Callable[[State], None],
     on_evaluate: Callable[[State], None],
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], int] = lambda: 0,
+    augment: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> bool:
     """Train from ``state.iteration`` to ``settings.steps``, calling back as it goes.
 
+    On a GPU the host waits for the device where something is logged, saved or evaluated, and
+    nowhere else.
+
     Args:
         state: Changed in place.
-        objective: Per-sample loss.
         data: Its training part is used.
         settings: How to optimise.
         seed: Seed of batches, times, noise and dropout.
@@ -219,105 +147,223 @@ def fit(
         on_log: Receives the metrics since the last call and the iteration.
         on_checkpoint: Called every ``checkpoint_every`` iterations and at the end.
         on_evaluate: Called every ``evaluate_every`` iterations, not at the end.
-        should_stop: Asked after each iteration; True ends training early, after a checkpoint.
+        should_stop: Asked after each iteration; anything but 0 in one of the processes ends
+            training early in all of them, after a checkpoint.
+        augment: (samples, generator) -> samples, in the units of the data.
 
     Returns:
         Whether all steps were done.
 
     Raises:
-        RunError: When loss or gradient is not finite; before the weights are touched, after the
-            batch was saved.
+        RunError: When loss or gradient is not finite; with the weights as before, after the batch
+            was saved.
     """
-    device = next(state.model.parameters()).device
-    batches = Batches(len(data.train), settings.batch_size, seed)
-    units, window = trained_units(asdict(settings), data), _Window(device)
-    state.model.train()
-    bar = progress(range(state.iteration, settings.steps), "training")
-    for iteration in bar:
-        generator = stream(seed, "iteration", iteration)
-        # dropout draws from the global stream
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        x0 = units.encode(data.train[batches(iteration)], generator).to(device)
-        loss, norm = _gradient(state, objective, x0, generator, settings)
-        if torch.isfinite(loss + norm):  # the one wait for the device in an iteration
-            state.update(settings.lr_at(iteration), settings.ema_at(iteration))
-            window.add(loss, norm)
-        elif state.skipped < settings.max_skipped:
-            state.skipped += 1
-        else:
-            _fail(state, x0, loss, norm, iteration, seed, failure_folder)
-        state.iteration = done = iteration + 1
-        stopping = should_stop()
-        if done % settings.log_every == 0 or done == settings.steps or stopping:
-            metrics = window.close(settings.batch_size)
-            metrics |= {"train/lr": settings.lr_at(iteration), "train/skipped": state.skipped}
-            on_log(metrics, done)
-            bar.note(f"loss {metrics['train/loss']:.4f}")
-        if done % settings.checkpoint_every == 0 or done == settings.steps or stopping:
-            on_checkpoint(state)
-        if stopping and done < settings.steps:
-            return False
-        if done % settings.evaluate_every == 0 and done < settings.steps:
-            on_evaluate(state)
-            state.model.train()
-            window.restart_clock()
+    together, speed = state.processes, state.speed
+    state.faults.allowed = settings.max_skipped
+    recipe = Recipe(
+        data,
+        trained_units(asdict(settings), data),
+        state.objective,
+        state.model.sde,
+        settings.batch_size,
+        seed,
+        augment,
+        settings.label_dropout,
+    )
+    feed = Feed(
+        recipe,
+        together.share(settings.batch_size),
+        state.device,
+        ahead=speed.batches_ahead(state.device),
+        workers=speed.workers,
+    )
+    step, window = _Step(state, settings, seed), _Window(state)
+    state.trained.train()
+    with feed.running():
+        bar = progress(range(state.iteration, settings.steps), "training")
+        for iteration in bar:
+            with window.waiting():
+                batch = feed(iteration)
+            window.add(*step(batch, iteration), settings.clip)
+            state.iteration = done = iteration + 1
+            stopping = together.largest(int(should_stop())) != 0
+            logs = done % settings.log_every == 0 or done == settings.steps or stopping
+            saves = done % settings.checkpoint_every == 0 or done == settings.steps or stopping
+            evaluates = done % settings.evaluate_every == 0 and done < settings.steps
+            if logs or saves or evaluates or state.device.type == "cpu":
+                _check(state, recipe, seed, failure_folder)  # the one wait for the device
+            if logs:
+                metrics = window.close(settings.batch_size)
+                on_log(metrics | {"train/lr": settings.lr_at(iteration)}, done)
+                bar.note(f"loss {metrics['train/loss']:.4f}")
+            if saves:
+                on_checkpoint(state)
+            if stopping and done < settings.steps:
+                return False
+            if evaluates:
+                on_evaluate(state)
+                state.trained.train()
+            if saves or evaluates:
+                window.restart_clock()
     return True
 
 
-def _gradient(
-    state: State, objective: Objective, x0: Tensor, generator: torch.Generator, settings: Training
-) -> tuple[Tensor, Tensor]:
-    """Leave the clipped gradient in the model; loss and norm before clipping, on the device."""
-    loss = objective(state.model, x0, generator).mean()
-    state.optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(list(state.model.parameters()), settings.clip)
-    return loss.detach(), norm
+class _Step:
+    """One iteration: the gradient, in as many parts as memory asks for, and the update.
+
+    Args:
+        state: Changed in place.
+        settings: How to optimise.
+        seed: Seed of dropout.
+    """
+
+    def __init__(self, state: State, settings: Training, seed: int) -> None:
+        self.state, self.settings, self.seed = state, settings, seed
+        self.rows = state.processes.share(settings.batch_size)
+        self.parts = state.speed.accumulate
+        if self.parts > len(self.rows):
+            raise RunError(
+                f"speed.accumulate={self.parts} is more than the {len(self.rows)} samples of a "
+                "batch that a process works on; make it smaller."
+            )
+        self.observes = type(state.objective).observe is not Objective.observe
+
+    def __call__(self, batch: Batch, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and norm, means over the whole batch, and whether the update was left out."""
+        losses = self._gradient(batch, iteration)
+        state, size = self.state, self.settings.batch_size
+        loss = state.processes.mean(losses.sum() * (state.processes.size / size))
+        norm, skip = state.update(loss, self.settings.lr_at(iteration), self.settings.clip)
+        if self.observes:
+            rows = state.processes.rows
+            draws = {name: rows(values, size) for name, values in batch.draws.items()}
+            state.objective.observe(draws, rows(losses, size))
+        return loss, norm, skip
+
+    def _gradient(self, batch: Batch, iteration: int) -> Tensor:
+        """Loss of each sample [b]; the gradient of their mean is left in the model."""
+        while True:
+            try:
+                return self._in_parts(batch, iteration)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._halve(iteration, error)
+
+    def _in_parts(self, batch: Batch, iteration: int) -> Tensor:
+        state, losses = self.state, []
+        state.trained.zero_grad(set_to_none=True)
+        for number in range(self.parts):
+            start, stop = (len(batch.x0) * n // self.parts for n in (number, number + 1))
+            # dropout draws from the global stream
+            row = self.rows.start + start
+            torch.manual_seed(hashed(self.seed, f"dropout {iteration}", row))
+            part = batch[start:stop]
+            with state.processes.last(state.loss, number == self.parts - 1):
+                loss = state.loss(part.x0, part.draws, part.cond)
+                share = loss.sum() * (state.processes.size / self.settings.batch_size)
+                (share * state.scale.factor).backward()
+            losses.append(loss.detach())
+        return torch.cat(losses)
+
+    def _halve(self, iteration: int, error: RuntimeError) -> None:
+        """Take half as many rows at a time from now on."""
+        rows, several = len(self.rows), self.state.processes.size > 1
+        if several or self.parts == rows:
+            remedy = (
+                f"the processes cannot change course one by one: speed.accumulate={2 * self.parts}"
+                if several
+                else "use a smaller network, network.checkpointing=true or another device"
+            )
+            raise MemoryError(
+                f"out of memory at iteration {iteration} with {-(-rows // self.parts)} samples at "
+                f"once; {remedy}, and the same command goes on."
+            ) from error
+        error.__traceback__ = None  # its frames hold the activations
+        self.state.trained.zero_grad(set_to_none=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.parts = min(rows, 2 * self.parts)
+        say(
+            f"out of memory at iteration {iteration}: from now on {-(-rows // self.parts)} "
+            "samples at once, the same gradient"
+        )
 
 
 class _Window:
     """Means since the last line of the record, summed on the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, state: State) -> None:
+        self.state = state
         self._empty()
 
     def _empty(self) -> None:
-        self.sums, self.count = torch.zeros(2, device=self.device), 0
+        self.sums = torch.zeros(4, device=self.state.device)
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Forget the time that something else took."""
-        self.timed, self.since = 0, time.monotonic()
+        self.timed, self.since, self.waited = 0, time.monotonic(), 0.0
 
-    def add(self, loss: Tensor, norm: Tensor) -> None:
-        """One more iteration."""
-        self.sums += torch.stack([loss, norm]).to(self.sums)
-        self.count += 1
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the batch is waited for."""
+        began = time.monotonic()
+        yield
+        self.waited += time.monotonic() - began
+
+    def add(self, loss: Tensor, norm: Tensor, skip: Tensor, clip: float) -> None:
+        """One more iteration; one that was left out counts for nothing but the time."""
+        row = torch.stack([loss, norm, (norm > clip).to(loss), torch.ones_like(loss)])
+        self.sums += torch.where(skip, torch.zeros_like(row), row.detach()).to(self.sums)
         self.timed += 1
 
     def close(self, batch_size: int) -> dict[str, float]:
         """The metrics of the window, NaN if all of it was skipped; the next one begins."""
-        loss, norm = (self.sums / self.count).tolist()
+        loss, norm, clipped, _ = (self.sums / self.sums[-1]).tolist()
         seconds = max(time.monotonic() - self.since, 1e-9)
-        speed = self.timed * batch_size / seconds
+        metrics = {
+            "train/loss": loss,
+            "train/grad_norm": norm,
+            "train/clipped": clipped,
+            "train/skipped": self.state.faults.skipped,
+            "perf/images_per_s": self.timed * batch_size / seconds,
+            "perf/waiting": self.waited / seconds,
+            "perf/memory_gb": memory_gb(self.state.device),
+        }
+        if self.state.scale.moves:
+            metrics["train/loss_scale"] = float(self.state.scale.factor)
         self._empty()
-        return {"train/loss": loss, "train/grad_norm": norm, "perf/images_per_s": speed}
+        return metrics
 
 
-def _fail(
-    state: State, x0: Tensor, loss: Tensor, norm: Tensor, iteration: int, seed: int, folder: Path
-) -> None:
-    """Save what gave NaN, and stop before the update."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"failure-{iteration:08d}.pt"
-    culprit = {"iteration": iteration, "seed": seed, "batch": x0.cpu(), "loss": loss.cpu()}
-    content = io.BytesIO()
-    torch.save(culprit | state.state_dict(), content)
-    write_atomically(path, content.getbuffer())
+def memory_gb(device: torch.device) -> float:
+    """The most memory so far: of tensors on a GPU, of the whole process on a CPU; 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _check(state: State, recipe: Recipe, seed: int, folder: Path) -> None:
+    """Stop if there was one iteration too many that is not finite, after saving what it was."""
+    iteration = int(state.faults.fatal)
+    if iteration < 0:
+        return
+    loss, norm = state.faults.values.tolist()
+    state.iteration = iteration
+    culprit = {"iteration": iteration, "seed": seed, "loss": loss, "norm": norm}
+    culprit["batch"] = recipe(iteration, range(recipe.batch_size)).x0
+    contents, where = culprit | state.state_dict(), "with the first process"
+    if state.processes.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        where = folder / f"failure-{iteration:08d}.pt"
+        content = io.BytesIO()
+        torch.save(contents, content)
+        write_atomically(where, content.getbuffer())
     raise RunError(
-        f"loss {float(loss):g} with gradient norm {float(norm):g} at iteration {iteration}, after "
-        f"{state.skipped} skipped; the weights are as before it. Batch and state are in {path}. "
-        "Look at the batch for bad samples, allow training.max_skipped=N, or start over with a "
-        "lower training.lr."
+        f"loss {loss:g} with gradient norm {norm:g} at iteration {iteration}, after "
+        f"{state.faults.skipped} skipped; the weights are as before it. Batch and state are in "
+        f"{where}. Look at the batch for bad samples, allow training.max_skipped=N, or start over "
+        "with a lower training.lr."
     )

@@ -29,7 +29,7 @@ def in_halves(
     try:
         return [solve(rows)]
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         if len(rows) == 1:
             raise MemoryError(
@@ -47,7 +47,7 @@ def in_halves(
     ]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
     """On a GPU it has a class of its own, on a CPU only a message."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text

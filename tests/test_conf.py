@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import run
+from experiment.batches import Batches
 from experiment.config import check_targets, choices, fill_measured
 from experiment.data import Dataset
 from experiment.evaluation import evaluate
-from experiment.training import Batches
 from score_models import EDM, ScoreModel, UniformTimes
 from sde_lib import VPSDE
 from sde_lib.checks import check_sampler, check_sde

@@ -12,11 +12,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from experiment import train_variance
+from experiment.batches import trained_units
 from experiment.calibrate import calibrate, calibrated
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.fitted import digest_of, fitted, kept_variance
-from experiment.training import Training, trained_units
+from experiment.training import Training
 from experiment.variance_heads import (
     HeadSettings,
     head_path,

@@ -13,14 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from experiment.batches import Batches
 from experiment.checkpoint import load_checkpoint, save_checkpoint
 from experiment.data import Dataset
 from experiment.errors import RunError
-from experiment.training import Batches, State, Training, fit, stream
+from experiment.seeds import stream
+from experiment.state import State
+from experiment.training import Training, fit
 from score_models import (
     EDM,
     DenoisingScoreMatching,
     Noise,
+    Objective,
     ScoreModel,
     UniformTimes,
     noise_regression,
@@ -45,12 +49,32 @@ class Dropped(nn.Module):
         return self.mlp(self.dropout(x), noise_level, cond)
 
 
-def small_state(settings: Training = SHORT, seed: int = 0) -> State:
+class Spied(Objective):
+    """The usual objective, whose losses [B] pass through ``after(x0, losses)``."""
+
+    def __init__(self, after) -> None:
+        self.after = after
+
+    def draw(self, sde, shape, generator):
+        return OBJECTIVE.draw(sde, shape, generator)
+
+    def loss(self, model, x0, draws, cond=None):
+        return self.after(x0, OBJECTIVE.loss(model, x0, draws, cond))
+
+
+def state_of(
+    model: ScoreModel, settings: Training, objective: Objective = OBJECTIVE, **how
+) -> State:
+    return State(model, objective, settings.profiles, settings.adam, **how)
+
+
+def small_state(settings: Training = SHORT, seed: int = 0, after=None, **how) -> State:
     torch.manual_seed(seed)
+    objective = OBJECTIVE if after is None else Spied(after)
     model = ScoreModel(Dropped(), VPSDE(), EDM(data_std=0.5))
     for weights in model.parameters():
         nn.init.normal_(weights, std=0.3)  # no zeros, so that every weight has a gradient
-    return State.fresh(model, settings)
+    return state_of(model, settings, objective, **how)
 
 
 def levels_data(size: int = 40) -> Dataset:
@@ -63,7 +87,6 @@ def train(state: State, folder, settings: Training = SHORT, **changes) -> tuple[
     """Run ``fit`` with callbacks that note what was called when."""
     events: list[tuple[str, int, Any]] = []
     options = {
-        "objective": OBJECTIVE,
         "data": levels_data(),
         "on_log": lambda values, iteration: events.append(("log", iteration, values)),
         "on_checkpoint": lambda s: events.append(("checkpoint", s.iteration, None)),
@@ -71,8 +94,8 @@ def train(state: State, folder, settings: Training = SHORT, **changes) -> tuple[
         "should_stop": lambda: False,
         **changes,
     }
-    objective, data = options.pop("objective"), options.pop("data")
-    done = fit(state, objective, data, settings, seed=5, failure_folder=folder, **options)
+    data = options.pop("data")
+    done = fit(state, data, settings, seed=5, failure_folder=folder, **options)
     return done, events
 
 
@@ -115,7 +138,7 @@ def test_a_gaussian_is_learned_to_the_floor_of_its_loss_within_five_percent(tmp_
     settings = Training(steps=300, batch_size=256, lr=5e-3, warmup=20, ema=0.98)
     torch.manual_seed(0)
     model = ScoreModel(MLP((2,), width=32, blocks=1), sde, Noise(data_std=1.0))
-    state = State.fresh(model, settings)
+    state = state_of(model, settings)
     before = test_loss(state.ema)
     train(state, tmp_path, settings, data=data)
 
@@ -150,7 +173,7 @@ def test_another_seed_is_another_run(tmp_path):
     for seed in (5, 6):
         state = small_state()
         quiet = {name: lambda *_: None for name in ("on_log", "on_checkpoint", "on_evaluate")}
-        fit(state, OBJECTIVE, levels_data(), SHORT, seed=seed, failure_folder=tmp_path, **quiet)
+        fit(state, levels_data(), SHORT, seed=seed, failure_folder=tmp_path, **quiet)
         runs.append(state.model.state_dict())
     with pytest.raises(AssertionError):
         assert_same(*runs)
@@ -192,11 +215,11 @@ def test_training_sees_each_sample_once_an_epoch(tmp_path):
     values = torch.arange(80.0).reshape(40, 2)
     data, seen = Dataset("counted", values, values[:4]), []
 
-    def spy(model, x0, generator):
+    def spy(x0, losses):
         seen.append(data.units.decode(x0)[:, 0].round())
-        return OBJECTIVE(model, x0, generator)
+        return losses
 
-    train(small_state(), tmp_path, Training(steps=10, batch_size=16), data=data, objective=spy)
+    train(small_state(after=spy), tmp_path, Training(steps=10, batch_size=16), data=data)
     epochs = torch.cat(seen).reshape(4, 40)
     assert bool((epochs.sort(1).values == values[:, 0]).all())
 
@@ -304,13 +327,12 @@ def test_gradients_are_clipped_to_the_norm_and_the_norm_before_is_logged(tmp_pat
 def test_the_log_holds_the_mean_since_the_line_before(tmp_path):
     losses = []
 
-    def spy(model, x0, generator):
-        loss = OBJECTIVE(model, x0, generator)
+    def spy(x0, loss):
         losses.append(float(loss.detach().mean()))
         return loss
 
     settings = Training(steps=5, batch_size=16, log_every=2)
-    _, events = train(small_state(settings), tmp_path, settings, objective=spy)
+    _, events = train(small_state(settings, after=spy), tmp_path, settings)
     logged = {i: values["train/loss"] for kind, i, values in events if kind == "log"}
     assert list(logged) == [2, 4, 5]
     means = [sum(losses[:2]) / 2, sum(losses[2:4]) / 2, losses[4]]
@@ -349,22 +371,21 @@ def spoil_the_gradient(loss: Tensor, factor: float) -> Tensor:
 
 
 def test_as_many_iterations_are_skipped_as_allowed_and_one_more_stops(tmp_path):
-    def spoiled(model, x0, generator):
-        loss = OBJECTIVE(model, x0, generator)
+    def spoiled(x0, loss):
         return loss * math.nan if state.iteration in (1, 4) else loss
 
-    state = small_state()
-    _, events = train(state, tmp_path, replace(SHORT, max_skipped=2), objective=spoiled)
-    assert state.skipped == 2 and state.iteration == SHORT.steps
+    state = small_state(after=spoiled)
+    _, events = train(state, tmp_path, replace(SHORT, max_skipped=2))
+    assert state.faults.skipped == 2 and state.iteration == SHORT.steps
     assert [values["train/skipped"] for kind, _, values in events if kind == "log"][-1] == 2
     assert all(bool(w.isfinite().all()) for w in state.model.parameters())
     restored = small_state()
     restored.load(state.state_dict() | {"iteration": state.iteration})
-    assert restored.skipped == 2, "the count survives a resume"
+    assert restored.faults.skipped == 2, "the count survives a resume"
 
-    state = small_state()
+    state = small_state(after=spoiled)
     with pytest.raises(RunError, match="at iteration 4, after 1 skipped"):
-        train(state, tmp_path, replace(SHORT, max_skipped=1), objective=spoiled)
+        train(state, tmp_path, replace(SHORT, max_skipped=1))
 
 
 @pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf], ids=str)
@@ -376,14 +397,13 @@ def test_what_is_not_finite_stops_before_the_update_and_the_batch_is_saved(
     train(straight, tmp_path, should_stop=lambda: straight.iteration == 3)
     batches = []
 
-    def spoiled(model, x0, generator):
+    def spoiled(x0, loss):
         batches.append(x0)
-        loss = OBJECTIVE(model, x0, generator)
         return spoil(loss, factor) if len(batches) == 4 else loss
 
-    state = small_state()
+    state = small_state(after=spoiled)
     with pytest.raises(RunError) as caught:
-        train(state, tmp_path / "run", objective=spoiled)
+        train(state, tmp_path / "run")
 
     (path,) = (tmp_path / "run").iterdir()
     for words in ("at iteration 3,", "weights are as before", str(path), "training.lr"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ class Dataset:
     levels: int | None = None
     entropy: float | None = None
     log_density: Callable[[Tensor], Tensor] | None = None
+    cond: Any = None
+    train_cond: Tensor | None = None
+    test_cond: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.levels is not None:

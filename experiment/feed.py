@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from experiment.batches import Batch, Recipe
 from experiment.errors import RunError
@@ -70,7 +71,10 @@ class Feed:
         for number in range(following, iteration + self.ahead + 1):
             self._coming.append((number, self._pool.submit(*self._job(number))))
         batch = self._coming.popleft()[1].result()
-        return batch.pinned() if self.workers and self._pins else batch
+        if not self.workers:
+            return batch
+        batch = batch.map(torch.from_numpy)
+        return batch.pinned() if self._pins else batch
 
     @property
     def _pins(self) -> bool:
@@ -121,9 +125,10 @@ def _prepare(recipe: Recipe) -> None:
     global _recipe
     _recipe = recipe
     torch.set_num_threads(1)
-    torch.multiprocessing.set_sharing_strategy("file_system")
 
 
 def _made(iteration: int, rows: range) -> Batch:
+    """As arrays: tensors would go through shared memory, whose keeper outlives a killed worker and
+    hides its death."""
     assert _recipe is not None
-    return _recipe(iteration, rows)
+    return _recipe(iteration, rows).map(Tensor.numpy)

@@ -1,0 +1,69 @@
+"""Averages of the weights are those of their stated profile."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from experiment.averages import Average, Exponential, Power
+
+
+def averaged(profile, path: torch.Tensor) -> list[float]:
+    """Average of one weight, 7 at first, after each of the values of ``path``."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, 7.0)
+    average, found = Average(profile, module.double()), []
+    for iteration, value in enumerate(path):
+        nn.init.constant_(module.weight, float(value))
+        average.update(list(module.parameters()), [], iteration)
+        found.append(float(average.module.weight))
+    return found
+
+
+@pytest.mark.parametrize("width", [0.01, 0.05, 0.1, 0.2, 0.28])
+def test_the_width_is_the_relative_standard_deviation_of_the_profile(width):
+    gamma = Power(width).exponent
+    tau = torch.linspace(0, 1, 200_001, dtype=torch.float64)
+    density = (gamma + 1) * tau**gamma
+    mean = torch.trapezoid(density * tau, tau)
+    std = (torch.trapezoid(density * tau**2, tau) - mean**2).sqrt()
+    assert float(std) == pytest.approx(width, rel=1e-4)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.2])
+def test_a_power_average_weighs_the_iterations_by_a_power_of_their_share(width):
+    path = torch.sin(torch.arange(1, 501, dtype=torch.float64) / 40)
+    gamma = Power(width).exponent
+    # the recurrence gives iteration i the weight (F(i) - F(i - 1)) / F(n), F(i) the product of the
+    # rest: for kept = (1 - 1/i)^(gamma + 1) that is (i^g1 - (i - 1)^g1) / n^g1 with g1 = gamma + 1
+    edges = torch.arange(0, 501, dtype=torch.float64) ** (gamma + 1)
+    weights = edges.diff() / edges[-1]
+    assert averaged(Power(width), path)[-1] == pytest.approx(float(weights @ path), abs=1e-10)
+    share = torch.arange(1, 501, dtype=torch.float64) / 500
+    smooth = (gamma + 1) * share**gamma / 500
+    assert float((weights - smooth).abs().max()) < 0.5 * (gamma + 1) * gamma / 500**2 * 1.05
+
+
+def test_an_exponential_average_forgets_its_start_and_warms_up():
+    path = torch.cos(torch.arange(50, dtype=torch.float64))
+    mean, expected = 7.0, []
+    for n, value in enumerate(path.tolist()):
+        kept = min(0.9, (1 + n) / (10 + n))
+        mean = kept * mean + (1 - kept) * value
+        expected.append(mean)
+    assert averaged(Exponential(0.9), path) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_constant_path_is_its_own_average():
+    for profile in (Exponential(0.5), Power(0.1)):
+        found = averaged(profile, torch.full((200,), 3.0, dtype=torch.float64))
+        assert found[-1] == pytest.approx(3.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("width", [0.0, 0.3, -1.0, math.nan, "wide"])
+def test_widths_that_no_power_has_are_refused(width):
+    with pytest.raises(ValueError, match="power_ema"):
+        Power(width)

@@ -1,0 +1,179 @@
+"""A step: half precision, parts of a batch, memory that runs out, faults kept on the device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_training import SHORT, Spied, assert_same, levels_data, small_state, state_of, train
+from torch import nn
+from torch.testing import assert_close
+
+from experiment.data import Dataset
+from experiment.faults import Faults
+from experiment.speed import LossScale, Speed
+from score_models import EDM, ScoreModel
+from score_models.networks import MLP
+from sde_lib import VPSDE
+from sde_lib.oracles import Gaussian
+
+PLAIN = replace(SHORT, steps=6)
+
+
+def plain_state(settings=PLAIN, network=MLP, **how):
+    """Without dropout: parts of a batch have masks of their own."""
+    torch.manual_seed(1)
+    model = ScoreModel(network((2,), width=16, blocks=1), VPSDE(), EDM(data_std=0.5))
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.3)
+    return state_of(model, settings, **how)
+
+
+class Small(MLP):
+    """A network for which more than five rows are too many."""
+
+    most = 5
+
+    def forward(self, x, noise_level, cond=None):
+        if len(x) > self.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to ...")
+        return super().forward(x, noise_level, cond)
+
+
+def test_where_memory_runs_out_the_rows_come_in_parts_with_the_same_gradient(tmp_path, capsys):
+    whole = plain_state()
+    train(whole, tmp_path, PLAIN)
+    halved = plain_state(network=Small)
+    train(halved, tmp_path, PLAIN)
+    for a, b in zip(whole.weights, halved.weights, strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-6)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1].split(" the")[0] for line in said] == [
+        "from now on 8 samples at once,",
+        "from now on 4 samples at once,",
+    ]
+
+
+def test_a_sample_that_does_not_fit_alone_stops_with_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(Small, "most", 0)
+    state = plain_state(network=Small)
+    with pytest.raises(MemoryError, match="with 1 samples at once; use a smaller network"):
+        train(state, tmp_path, PLAIN)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_of_the_network_alone_and_learns_as_float32_does(tmp_path, precision):
+    source = Gaussian(torch.zeros(2), torch.tensor([1.5, 0.5]))
+    draws = [source.sample(4000, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    data, settings = Dataset("gaussian", *draws), replace(SHORT, steps=150, batch_size=128)
+    curves, seen = [], []
+
+    def spy(x0, losses):
+        seen.append(losses.dtype)
+        return losses
+
+    for speed in (Speed(), Speed(precision=precision)):
+        state = plain_state(settings, speed=speed)
+        _, events = train(state, tmp_path, settings, data=data)
+        curves.append([v["train/loss"] for kind, _, v in events if kind == "log"])
+        assert {w.dtype for w in state.weights} == {torch.float32}
+        assert {w.dtype for w in state.averages[0].weights} == {torch.float32}
+    exact, half = (torch.tensor(curve) for curve in curves)
+    assert not torch.equal(exact, half)
+    # batches, times and noise are the same, so that curves differ by rounding alone
+    assert float((half - exact).abs().mean() / exact.mean()) < 0.02
+
+    state = plain_state(settings, speed=Speed(precision=precision))
+    state.trained.objective = Spied(spy)
+    state.loss.objective = state.trained.objective
+    train(state, tmp_path, replace(settings, steps=1), data=data)
+    assert seen == [torch.float32], "preconditioning and loss stay in float32"
+
+
+def test_a_gradient_that_overflows_halves_the_loss_scale_and_is_no_fault(tmp_path):
+    state, overflows = small_state(), {2, 3}
+
+    def spoil(x0, loss):
+        return loss * math.inf if state.iteration in overflows else loss
+
+    state = small_state(after=spoil)
+    state.scale = LossScale(state.device, start=1024.0, patience=3)
+    before = [w.detach().clone() for w in state.weights]
+    _, events = train(state, tmp_path, SHORT)
+    scales = [v["train/loss_scale"] for kind, _, v in events if kind == "log"]
+    assert scales == [1024, 1024, 512, 256, 256, 256, 512, 512]
+    assert state.faults.skipped == 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, state.weights, strict=True))
+    assert all(bool(w.isfinite().all()) for w in state.weights)
+
+
+def test_a_loss_scale_changes_no_gradient(tmp_path):
+    exact, scaled = plain_state(), plain_state()
+    scaled.scale = LossScale(scaled.device, start=4096.0)
+    train(exact, tmp_path, PLAIN)
+    train(scaled, tmp_path, PLAIN)
+    for a, b in zip(exact.weights, scaled.weights, strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_one_fault_too_many_freezes_the_weights_until_somebody_asks():
+    faults, nan, one = (
+        Faults(torch.device("cpu"), allowed=1),
+        torch.tensor(math.nan),
+        torch.ones(()),
+    )
+    bad = [False, True, False, True, False, True]
+    left_out = [
+        bool(faults.note(torch.tensor(b), nan if b else one, one * n, n))
+        for n, b in enumerate(bad)
+    ]
+    assert left_out == [False, True, False, True, True, True]
+    assert int(faults.fatal) == 3 and faults.skipped == 1
+    loss, norm = faults.values.tolist()
+    assert math.isnan(loss) and norm == 3.0
+
+
+def test_a_device_that_nobody_waits_for_leaves_out_the_same_updates(tmp_path):
+    """What a GPU does, on tensors that a CPU computes: the optimiser is told by a flag."""
+    straight, state = plain_state(), plain_state()
+    train(straight, tmp_path, PLAIN, should_stop=lambda: straight.iteration == 3 and 1)
+    train(state, tmp_path, PLAIN, should_stop=lambda: state.iteration == 3 and 1)
+    for weight in state.weights:
+        weight.grad = torch.full_like(weight, math.nan)
+    state.optimizer.grad_scale = torch.tensor(1.0)
+    state.optimizer.found_inf = torch.tensor(1.0)
+    state.optimizer.step()
+    assert_same(state.state_dict(), straight.state_dict())
+
+
+def test_the_record_says_how_often_the_gradient_was_clipped(tmp_path):
+    for clip, share in ((1e-3, 1.0), (1e9, 0.0)):
+        settings = replace(SHORT, clip=clip)
+        _, events = train(small_state(settings), tmp_path, settings)
+        logged = [values for kind, _, values in events if kind == "log"]
+        assert {values["train/clipped"] for values in logged} == {share}
+        assert all(values["perf/memory_gb"] > 0.01 for values in logged)
+        assert all(0 <= values["perf/waiting"] <= 1 for values in logged)
+
+
+def test_conditioning_and_its_dropout_are_functions_of_the_row():
+    from test_training import OBJECTIVE
+
+    from experiment.batches import Recipe
+
+    class Labels:
+        def drop(self, cond, dropped):
+            return torch.where(dropped, -1, cond)
+
+    data = levels_data()
+    labels = torch.arange(40)
+    data = replace(data, cond=Labels(), train_cond=labels)
+    recipe = Recipe(data, data.units, OBJECTIVE, VPSDE(), 16, seed=0, label_dropout=0.3)
+    dropped = torch.cat([recipe(i, range(16)).cond for i in range(200)]) < 0
+    assert abs(float(dropped.float().mean()) - 0.3) < 5 * math.sqrt(0.21 / dropped.numel())
+    whole = recipe(3, range(16))
+    assert torch.equal(recipe(3, range(5, 9)).cond, whole.cond[5:9])
+    kept = whole.cond >= 0
+    assert torch.equal(whole.cond[kept], recipe.batches(3)[kept]), "labels go with their samples"

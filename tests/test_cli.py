@@ -372,6 +372,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path
     assert steps == sorted(set(steps)), "no iteration twice"
 
 
+def test_a_tracker_that_raises_in_every_call_changes_no_weight(tmp_path, trained):
+    (tmp_path / "broken_tracker.py").write_text(
+        "from experiment.trackers import NoTracker\n"
+        "class Broken(NoTracker):\n"
+        "    def start(self, *given):\n"
+        "        raise OSError('the wire was cut')\n"
+        "    log = image = curve = finish = describe = abandon = start\n"
+    )
+    allowed = {"PYTHONPATH": str(tmp_path), "SCORE_SDE_ALLOW": "broken_tracker"}
+    broken = "tracking._target_=broken_tracker.Broken"
+    result = run("mode=train", *TINY, broken, cwd=tmp_path, env=allowed)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the wire was cut") == 1 and "switched off" in result.stderr
+    ours, theirs = (
+        torch.load(the_run(folder) / "checkpoints" / "step-00000006.pt", weights_only=True)
+        for folder in (tmp_path, trained[0])
+    )
+    for part in ("model", "ema"):
+        for name, weight in theirs[part].items():
+            assert bool((ours[part][name] == weight).all()), name
+
+
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path, start):
     process = start(*ENDLESS)
     wait_until((the_run(tmp_path) / "metrics.jsonl").exists)

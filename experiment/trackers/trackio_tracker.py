@@ -85,7 +85,8 @@ class TrackioTracker(Tracker):
 
             with _quiet():
                 if exit_code != 0:
-                    self._run.alert(title="failed", text=f"exit code {exit_code}")
+                    error = trackio.AlertLevel.ERROR
+                    self._run.alert(title="failed", text=f"exit code {exit_code}", level=error)
                 trackio.finish()
             self._run = None
 

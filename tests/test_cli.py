@@ -78,11 +78,11 @@ class Zygote:
             env=ENVIRONMENT,
         )
 
-    def run(self, arguments, cwd):
+    def run(self, arguments, cwd, env=None):
         with tempfile.TemporaryDirectory() as folder:
             streams = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
             request = {"script": str(ROOT / "run.py"), "arguments": arguments, "cwd": str(cwd)}
-            request |= {"env": ENVIRONMENT} | streams
+            request |= {"env": {**ENVIRONMENT, **(env or {})}} | streams
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())
@@ -373,16 +373,9 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path
 
 
 def test_a_tracker_that_raises_in_every_call_changes_no_weight(tmp_path, trained):
-    (tmp_path / "broken_tracker.py").write_text(
-        "from experiment.trackers import NoTracker\n"
-        "class Broken(NoTracker):\n"
-        "    def start(self, *given):\n"
-        "        raise OSError('the wire was cut')\n"
-        "    log = image = curve = finish = describe = abandon = start\n"
-    )
-    allowed = {"PYTHONPATH": str(tmp_path), "SCORE_SDE_ALLOW": "broken_tracker"}
     broken = "tracking._target_=broken_tracker.Broken"
-    result = run("mode=train", *TINY, broken, cwd=tmp_path, env=allowed)
+    allowed = {"SCORE_SDE_ALLOW": "broken_tracker"}
+    result = zygote().run(["mode=train", *TINY, broken], tmp_path, allowed)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the wire was cut") == 1 and "switched off" in result.stderr
     ours, theirs = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,32 @@ class TestWithThePackage:
         curve = [(event.step, event.value) for event in read(tmp_path).Scalars("train/loss")]
         assert curve == [(10, 1.0), (20, 1.0), (30, 0.5), (40, 0.5), (50, 0.5)]
 
-    def test_a_full_disk_costs_one_warning_and_neither_a_closed_stdout_nor_a_network_is_used(
+    def test_a_full_disk_costs_one_warning(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def full(*_: object) -> None:
+            raise OSError("no space left on device")
+
+        before, tracker = set(threading.enumerate()), Safe(TensorBoardTracker())
+        tracker.start(tmp_path, {}, "x")
+        (thread,) = set(threading.enumerate()) - before
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)  # what that thread prints
+        monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", full)
+        for iteration in range(5):
+            tracker.log({"train/loss": 1.0}, iteration)
+        tracker.finish()
+        thread.join(10)
+        (message,) = caplog.messages
+        assert "TensorBoardTracker failed in log (OSError: no space left on device)" in message
+        assert "tensorboard --logdir" in tracker.describe()
+
+    def test_a_closed_stdout_costs_nothing_and_no_network_is_asked(
         self,
         tmp_path: Path,
         server: Silent,  # noqa: F811
     ) -> None:
-        done = local_trackers.run(
-            "TensorBoardTracker", tmp_path, "full", server=server, closed=True
-        )
+        done = local_trackers.run("TensorBoardTracker", tmp_path, server=server)
         assert done.returncode == 0
-        # between them stands the traceback of tensorboard's own thread
-        (warning,) = [line for line in done.stderr.splitlines() if "switched off" in line]
-        assert "TensorBoardTracker failed in log" in warning
-        look = f"tensorboard, look:  tensorboard --logdir '{tmp_path}/run ü/tensorboard'"
-        assert look in done.stderr.splitlines()
+        (line,) = done.stderr.splitlines()
+        assert line == f"tensorboard, look:  tensorboard --logdir '{tmp_path}/run ü/tensorboard'"
         assert server.requests == []

@@ -172,7 +172,7 @@ def test_trackio_itself_prints_nothing_and_asks_no_network(
     tmp_path: Path,
     server: Silent,  # noqa: F811
 ) -> None:
-    done = local_trackers.run("TrackioTracker", tmp_path, server=server, closed=True)
+    done = local_trackers.run("TrackioTracker", tmp_path, server=server)
     assert done.returncode == 0
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"trackio, look:  TRACKIO_DIR={tmp_path}/.trackio trackio show")

@@ -81,6 +81,8 @@ class TestWithThePackage:
         assert (shown.step, shown.encoded_image_string[:4]) == (20, b"\x89PNG")
         (config,) = events.Tensors("config/text_summary")
         assert b'"beta_max": 20.0' in config.tensor_proto.string_val[0]
+        (charts,) = events.Tensors("custom_scalars__config__")
+        assert b"eval/nll_low" in charts.tensor_proto.string_val[0]
         (state,) = events.Tensors("state/text_summary")
         assert state.tensor_proto.string_val[0] == b"failed (143)"
         assert str(tmp_path) in tracker.describe() and "tensorboard --logdir" in tracker.describe()

@@ -1,7 +1,20 @@
 """What goes wrong at run time through no bug of ours: told in one line, without a traceback."""
 
-EXTRAS = {"torchdiffeq": "solvers", "torchsde": "solvers", "wandb": "wandb"}  # others: run
-PACKAGES = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+EXTRAS = {  # others: run
+    "torchdiffeq": "solvers",
+    "torchsde": "solvers",
+    "wandb": "wandb",
+    "wandb_workspaces": "dashboard",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+}
+PACKAGES = {  # where the name to install is not the name to import
+    "hydra": "hydra-core",
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "wandb_workspaces": "wandb-workspaces",
+}
 
 
 class RunError(RuntimeError):

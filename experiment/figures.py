@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from experiment.canvas import BLUE, ORANGE, new_figure
+from experiment.metrics import UNITS
 from experiment.plane_figures import plot_density, plot_path
 from experiment.record import ITERATION
 from experiment.tiles import save_grid, save_strip
@@ -30,8 +31,6 @@ __all__ = [
     "save_strip",
     "series",
 ]
-
-UNITS = {"eval/bits_per_dim": "bits/dim", "eval/nll": "nats"}
 
 
 def plot_loss(

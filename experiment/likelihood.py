@@ -19,7 +19,7 @@ from experiment.report import write_report
 from experiment.run import Run
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, rank
-from experiment.trackers import NoTracker, Safe
+from experiment.trackers.first_process import in_first_process
 from sde_lib.samplers import SamplingError
 
 
@@ -34,7 +34,7 @@ def likelihood(run: Run) -> None:
     """
     settings: Likelihood = run.build("likelihood")
     data: Dataset = run.build("data")
-    tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
+    tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
     settings.check(data, on_centres=not run.config["training"].get("dequantize", True))
     run.path.mkdir(parents=True, exist_ok=True)

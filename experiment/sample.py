@@ -26,7 +26,7 @@ from experiment.report import write_report
 from experiment.run import Run
 from experiment.seeds import sample_paths
 from experiment.shards import first_alone, gathered, halving, rank, share
-from experiment.trackers import NoTracker, Safe
+from experiment.trackers.first_process import in_first_process
 from experiment.way import Frame, frames, labels
 from score_models import ScoreModel, faster
 from score_models.acceleration import PRECISIONS
@@ -72,7 +72,7 @@ def sample(
         refuse_graph_on(run.device())
         Captured(sampler)  # refuses what it cannot capture
     data: Dataset = run.build("data")
-    tracker = Safe(run.build("tracking") if rank() == 0 else NoTracker())
+    tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
     quick = faster(model, precision=precision, compile=compile)

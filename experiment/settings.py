@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from experiment import metrics
 from experiment.batches import trained_units
 from experiment.data import Dataset
 from experiment.progress import say
@@ -28,7 +29,7 @@ from likelihood import (
 from sde_lib import ProbabilityFlow, validation
 from sde_lib.samplers import SamplingError
 
-UNITS = {"bits_per_dim": "bits/dim", "nll": "nats"}
+UNITS = {name.removeprefix("eval/"): unit for name, unit in metrics.UNITS.items()}
 DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
 
 

@@ -35,7 +35,8 @@ from experiment.settings import Likelihood
 from experiment.shards import rank
 from experiment.speed import Speed, keep_freed_memory
 from experiment.state import State
-from experiment.trackers import NoTracker, Safe, Tracker
+from experiment.trackers import Tracker
+from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
 from likelihood import Dequantization
 from score_models import Objective, ScoreModel
@@ -80,7 +81,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         )
     processes.join()
     first = processes.rank == 0
-    tracker = Safe(run.build("tracking") if first else NoTracker())
+    tracker = in_first_process(lambda: run.build("tracking"))
     if run.fresh and first:
         run.set_aside()
     with run.owned() if first else nullcontext():

@@ -78,11 +78,11 @@ class Zygote:
             env=ENVIRONMENT,
         )
 
-    def run(self, arguments, cwd):
+    def run(self, arguments, cwd, env=None):
         with tempfile.TemporaryDirectory() as folder:
             streams = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
             request = {"script": str(ROOT / "run.py"), "arguments": arguments, "cwd": str(cwd)}
-            request |= {"env": ENVIRONMENT} | streams
+            request |= {"env": {**ENVIRONMENT, **(env or {})}} | streams
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())
@@ -372,6 +372,21 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path
     assert steps == sorted(set(steps)), "no iteration twice"
 
 
+def test_a_tracker_that_raises_in_every_call_changes_no_weight(tmp_path, trained):
+    broken = "tracking._target_=broken_tracker.Broken"
+    allowed = {"SCORE_SDE_ALLOW": "broken_tracker"}
+    result = zygote().run(["mode=train", *TINY, broken], tmp_path, allowed)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the wire was cut") == 1 and "switched off" in result.stderr
+    ours, theirs = (
+        torch.load(the_run(folder) / "checkpoints" / "step-00000006.pt", weights_only=True)
+        for folder in (tmp_path, trained[0])
+    )
+    for part in ("model", "ema"):
+        for name, weight in theirs[part].items():
+            assert bool((ours[part][name] == weight).all()), name
+
+
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(tmp_path, start):
     process = start(*ENDLESS)
     wait_until((the_run(tmp_path) / "metrics.jsonl").exists)
@@ -543,7 +558,7 @@ def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hyd
         first = next(f for f in file.read_text().splitlines() if not f.startswith("# @package"))
         assert f"{file.stem:<20}{first[2:]}" in lines
     stars = [line for line in result.stdout.splitlines() if line.startswith(" *")]
-    assert " *vp " in "\n".join(stars) and " *digits " in "\n".join(stars) and len(stars) == 10
+    assert " *vp " in "\n".join(stars) and " *digits " in "\n".join(stars) and len(stars) == 12
     assert not imported(result) & {"torch", "hydra", "omegaconf", "matplotlib", "wandb"}
     assert not list(tmp_path.iterdir())
 

@@ -11,15 +11,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from wandb_server import Server
 
 from experiment.errors import RunError
 from experiment.figures import save_grid
+from experiment.metrics import with_limits
 from experiment.trackers import NoTracker, Safe, Tracker, WandbTracker, wandb_id
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +33,11 @@ bare.__path__ = [sys.argv.pop(1) + "/sde_lib"]
 sys.modules["sde_lib"] = bare
 from experiment.errors import RunError
 from experiment.trackers import Safe, WandbTracker
-tracker = Safe(WandbTracker(mode=sys.argv[2]))
+if "without-workspaces" in sys.argv:
+    sys.modules["wandb_workspaces"] = None
+if "lost" in sys.argv:
+    WandbTracker.TIMEOUTS = WandbTracker.TIMEOUTS | {"finish_timeout": 1.0}
+tracker = Safe(WandbTracker(mode=sys.argv[2], dashboard="dashboard" in sys.argv))
 try:
     tracker.start(sys.argv[1], {"sde": {"beta_max": 20.0}}, "a name")
 except RunError as error:
@@ -45,6 +51,9 @@ for i in range(1, 4):
         assert own or i > 1
         [os.kill(int(child), signal.SIGKILL) for child in own]
         time.sleep(0.5)
+    if "lost" in sys.argv and i == 2:
+        import os, urllib.request
+        urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/leave").read()
 print(tracker.describe())
 tracker.finish()
 print("the end")
@@ -60,7 +69,7 @@ class Broken(NoTracker):
         Broken.calls += 1
         raise OSError("the wire was cut")
 
-    start = image = finish = describe = abandon = log
+    start = image = curve = finish = describe = abandon = log
 
 
 class Silent(threading.Thread):
@@ -103,7 +112,12 @@ def environment(home: Path, **extra: str) -> dict[str, str]:
     return ours | {"HOME": str(home), "PYTHONPATH": str(ROOT)} | extra
 
 
-def run(tmp_path: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    tmp_path: Path,
+    *arguments: str,
+    preexec_fn: Callable[[], None] | None = None,
+    **extra: str,
+) -> subprocess.CompletedProcess[str]:
     """A run of three rows in a fresh process, in the directory ``run ü``."""
     command = [sys.executable, "-c", RUN, str(ROOT), str(tmp_path / "run ü"), *arguments]
     return subprocess.run(
@@ -114,12 +128,13 @@ def run(tmp_path: Path, *arguments: str, **extra: str) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         timeout=60,
+        preexec_fn=preexec_fn,
     )
 
 
 def inspect(run_dir: Path, home: Path) -> list[dict]:
     """The records of an offline run, read by wandb's own tool."""
-    (folder,) = run_dir.glob("wandb/offline-run-*")
+    (folder,) = run_dir.glob("wandb/*run-*-*")
     shown = subprocess.run(
         [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)],
         env=environment(home, WANDB_ERROR_REPORTING="false"),
@@ -140,6 +155,7 @@ def test_a_tracker_that_raises_in_each_call_costs_one_warning(
         for iteration in range(5):
             tracker.log({"train/loss": 1.0}, iteration)
             tracker.image("samples/grid", tmp_path / "no.png", iteration)
+            tracker.curve("diagnose/loss", [1.0], [2.0], iteration)
         tracker.finish()
         assert tracker.describe() == ""
 
@@ -172,6 +188,9 @@ def test_safe_passes_everything_on_to_a_tracker_that_works(tmp_path: Path) -> No
         def image(self, name: str, path: str | Path, iteration: int) -> None:
             heard.append((name, path, iteration))
 
+        def curve(self, name: str, x: list, y: list, iteration: int) -> None:
+            heard.append((name, x, y, iteration))
+
         def finish(self, exit_code: int = 0) -> None:
             heard.append(exit_code)
 
@@ -181,13 +200,15 @@ def test_safe_passes_everything_on_to_a_tracker_that_works(tmp_path: Path) -> No
     tracker = Safe(Hears())
     tracker.log({"a": 1.0}, 2)
     tracker.image("samples/grid", tmp_path, 3)
+    tracker.curve("diagnose/loss", [1.0], [2.0], 4)
     tracker.finish(143)
-    assert heard == [({"a": 1.0}, 2), ("samples/grid", tmp_path, 3), 143]
+    curve = ("diagnose/loss", [1.0], [2.0], 4)
+    assert heard == [({"a": 1.0}, 2), ("samples/grid", tmp_path, 3), curve, 143]
     assert tracker.describe() == "here"
 
 
-def test_an_offline_run_holds_every_number_and_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_offline_run_holds_every_number_and_picture_and_says_why_it_has_no_dashboard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name, value in environment(tmp_path / "home").items():
         monkeypatch.setenv(name, value)
@@ -200,18 +221,24 @@ def test_an_offline_run_holds_every_number_and_picture(
         15: {"train/loss": 0.25},
     }  # 15: logged again
 
-    tracker = WandbTracker(mode="offline")
+    tracker = WandbTracker(mode="offline", dashboard=True)
     tracker.start(run_dir, {"sde": {"beta_max": 20.0}}, "a name")
     for iteration, values in rows.items():
         tracker.log(values, iteration)
     tracker.image("samples/grid", picture, 20)
+    tracker.curve("diagnose/loss", [0.1, 1.0, 10.0], [1.0, 2.0, 3.0], 20)
     tracker.finish(143)
 
+    (message,) = caplog.messages
+    assert "tracking.dashboard=true needs a run that is online" in message
     records = inspect(run_dir, tmp_path / "home")
     history = [record["history"]["item"] for record in records if record["type"] == "history"]
     assert [{key: item[key] for key in item if "/" in key} for item in history[:3]] == [
-        {**values, "train/iteration": iteration} for iteration, values in rows.items()
+        {**with_limits(values), "train/iteration": iteration} for iteration, values in rows.items()
     ]
+    assert history[4]["diagnose/loss_table._type"] == "table-file"
+    (table,) = run_dir.glob("wandb/offline-run-*/files/media/table/diagnose/*.json")
+    assert json.loads(table.read_text())["data"] == [[0.1, 1.0], [1.0, 2.0], [10.0, 3.0]]
     assert history[3]["samples/grid._type"] == "image-file"
     assert len(list(run_dir.glob("wandb/offline-run-*/files/media/images/samples/*.png"))) == 1
     (begun,) = [record["run"] for record in records if record["type"] == "run"]
@@ -254,6 +281,29 @@ def test_refused_credentials_go_offline_with_one_line(
     assert "tracking offline" in line
     assert key not in line
     assert bool(server.requests) == (key == KEY)
+
+
+def test_without_a_network_credentials_are_no_use_and_the_run_is_offline(tmp_path: Path) -> None:
+    nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_HTTP_TIMEOUT": "1"}
+    done = run(tmp_path, "auto", WANDB_API_KEY=KEY, **nobody)
+    assert done.returncode == 0 and done.stdout.endswith("the end\n")
+    (line,) = done.stderr.splitlines()
+    assert "tracking offline" in line and "wandb leet" in done.stdout
+
+
+def test_a_network_that_is_lost_costs_neither_the_run_nor_a_record(tmp_path: Path) -> None:
+    server = Server()
+    done = run(tmp_path, "online", "lost", WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert done.returncode == 0 and done.stdout.endswith("the end\n"), done.stderr
+    records = inspect(tmp_path / "run ü", tmp_path / "home")
+    history = [record["history"]["item"] for record in records if record["type"] == "history"]
+    assert [item["train/iteration"] for item in history] == [10, 20, 30]
+
+
+def test_a_closed_stdout_costs_nothing(tmp_path: Path) -> None:
+    done = run(tmp_path, "offline", preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert len(list((tmp_path / "run ü").glob("wandb/offline-run-*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -338,6 +388,8 @@ def test_a_resumed_run_keeps_its_id_and_a_damaged_id_is_replaced(tmp_path: Path)
 def test_an_unknown_mode_is_refused_with_the_choices() -> None:
     with pytest.raises(ValueError, match="auto, offline, online"):
         WandbTracker(mode="onlin")
+    with pytest.raises(ValueError, match="dashboard to be true or false; got dashboard='yes'"):
+        WandbTracker(dashboard="yes")
 
 
 @pytest.mark.parametrize(
@@ -348,5 +400,6 @@ def test_each_choice_of_tracking_builds_a_tracker(path: Path) -> None:
     module, _, name = arguments.pop("_target_").rpartition(".")
     tracker = getattr(importlib.import_module(module), name)(**arguments)
     assert isinstance(tracker, Tracker)
-    expected = {"auto": "auto", "wandb": "online", "offline": "offline", "none": None}
-    assert getattr(tracker, "mode", None) == expected[path.stem]
+    modes = {"auto": "auto", "wandb": "online", "offline": "offline"}
+    assert getattr(tracker, "mode", None) == modes.get(path.stem)
+    assert getattr(tracker, "dashboard", False) is False

@@ -12,7 +12,7 @@ from experiment.diagnose_probes import Bases
 from experiment.diagnose_spread import Distance, PriorFit
 
 EFFICIENT = 0.9  # share of draws put to use from which a density of levels fits
-NEAR = 1.5  # ratio up to which a sigma_max is as good as another
+NEAR = 2.0  # ratio up to which a sigma_max is as good as another
 SPREAD_OFF = 0.1  # of the standard deviation of the data, that data_std may be off
 
 
@@ -80,7 +80,9 @@ def data_std(parameterization: Mapping[str, Any], measured: float) -> Iterator[A
     if "data_std" not in parameterization:
         return
     fits = given is None or abs(given / measured - 1) <= SPREAD_OFF
-    reason = f"null takes what is measured, {measured:g}, which makes the network's input of unit variance"
+    reason = (
+        f"null takes what is measured, {measured:g}: the network's input is then of unit variance"
+    )
     yield Advice("parameterization.data_std", None, reason, given, fits)
 
 
@@ -104,7 +106,7 @@ def data_levels(data: Mapping[str, Any], facts: Facts, values: Lattice) -> Itera
     if facts.levels is None or "levels" not in data or facts.looked_at != facts.sizes:
         return
     reason = f"the largest value is {used - 1}"
-    yield Advice("data.levels", max(2, used), reason, facts.levels, used == facts.levels)
+    yield Advice("data.levels", max(2, used), reason, facts.levels, used > facts.levels / 2)
 
 
 def about_values(facts: Facts, values: Lattice) -> list[str]:

@@ -44,7 +44,7 @@ def known_floor(data: Dataset, clock: Tensor) -> Tensor | None:
 
 
 def without_gaps(floor: Tensor, clock: Tensor) -> Tensor:
-    """The floor with the NaN at its low end filled in: at an edge e is 1 minus a multiple of rho."""
+    """The floor without NaN at its low end: at an edge e is 1 minus a multiple of rho."""
     known = floor.isfinite()
     first = int(known.int().argmax())
     ratio = (clock - clock[first]).exp()

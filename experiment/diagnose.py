@@ -18,7 +18,7 @@ from experiment.diagnose_figure import plot_diagnosis
 from experiment.diagnose_levels import Wanted
 from experiment.diagnose_model import OwnLevels, even_levels, own_levels
 from experiment.diagnose_page import FILE, PICTURE
-from experiment.diagnose_probes import Bases, bases
+from experiment.diagnose_probes import bases
 from experiment.diagnose_seen import Curves, Seen
 from experiment.diagnose_spread import PriorFit
 from experiment.diagnose_trained import ByLevel, Trained, by_level, numbers
@@ -108,13 +108,17 @@ def diagnosis(run: Run, data: Dataset, effort: Effort, trained: Trained | None) 
     own = own_levels(run.build("objective"), sde, seen.curves.best.clock)
     measured = _measured(trained, seen, effort)
     wanted, drawn = _levels_wanted(seen.curves, own, measured)
-    proposed = proposals(run, seen, probes, wanted, drawn)
+    told = probes if measured is None else measured.bases
+    proposed = [
+        *proposals(run, seen, wanted, drawn),
+        *advice.basis(run.config["likelihood"], told, measured is None),
+    ]
     return {
         "metric": data.units.metric,
         **about_data(run, seen),
         "bases": None if probes is None else probes.as_row(per_nat(data)),
         "levels": about_levels(seen.curves, own),
-        "model": None if measured is None else _about_model(trained, measured),
+        "model": None if measured is None else _about_model(trained, measured, per_nat(data)),
         "advice": [each.as_row() for each in proposed],
     }
 
@@ -141,9 +145,7 @@ def _levels_wanted(
     return measured.wanted(), measured.own
 
 
-def proposals(
-    run: Run, seen: Seen, probes: Bases | None, wanted: Wanted, drawn: OwnLevels | None
-) -> list[Advice]:
+def proposals(run: Run, seen: Seen, wanted: Wanted, drawn: OwnLevels | None) -> list[Advice]:
     """Settings that the data ask for, those that fit already among them."""
     config, data = run.config, seen.data
     efficiency = 0.0 if drawn is None else wanted.efficiency(drawn.density)
@@ -151,7 +153,6 @@ def proposals(
         *advice.sigma_max(config["sde"], seen.reach, seen.prior),
         *advice.data_std(config["parameterization"], _data_std(run, data)),
         *advice.levels(config["objective"], wanted, efficiency),
-        *advice.basis(config["likelihood"], probes),
         *advice.data_levels(config["data"], seen.facts, seen.values),
     ]
 
@@ -222,6 +223,8 @@ def about_levels(curves: Curves, own: OwnLevels | None) -> dict[str, Any]:
     }
 
 
-def _about_model(trained: Trained, measured: ByLevel) -> dict[str, Any]:
+def _about_model(trained: Trained, measured: ByLevel, factor: float) -> dict[str, Any]:
     about = {"checkpoint": str(trained.checkpoint), "iteration": trained.iteration}
-    return about | measured.as_row()
+    probes = measured.bases
+    shown = None if probes is None else probes.as_row(factor)
+    return about | {"bases": shown} | measured.as_row()

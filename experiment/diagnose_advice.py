@@ -86,18 +86,23 @@ def data_std(parameterization: Mapping[str, Any], measured: float) -> Iterator[A
     yield Advice("parameterization.data_std", None, reason, given, fits)
 
 
-def basis(likelihood: Mapping[str, Any], found: Bases | None) -> Iterator[Advice]:
-    """The basis of the probes, where the likelihood draws any."""
+def basis(likelihood: Mapping[str, Any], found: Bases | None, predicted: bool) -> Iterator[Advice]:
+    """The basis of the probes, where the likelihood draws any.
+
+    Args:
+        likelihood: Its settings.
+        found: The noise of probes by basis.
+        predicted: Whether for Gaussian data, which is not enough to choose principal axes by.
+    """
     if "basis" not in likelihood or found is None:
         return
-    ratio = {name: v / max(found.variance["pixel"], 1e-300) for name, v in found.variance.items()}
-    reason = (
-        "predicted variance of a probe against that in pixels: cosines "
-        f"{ratio['cosine']:.2g}, principal axes {ratio['principal']:.2g}"
-        + ("" if found.best == "principal" else "; auto tries pixels and cosines on the model")
+    ratios = ", ".join(f"{name} {ratio:.2g}" for name, ratio in found.ratios.items())
+    how = "predicted for Gaussian data" if predicted else "measured on the model"
+    value, given = "auto" if predicted else found.best, likelihood["basis"]
+    reason = f"variance of a probe against that in pixels, {how}: {ratios}" + (
+        "; auto tries pixels and cosines on the model" if value == "auto" else ""
     )
-    given = likelihood["basis"]
-    yield Advice("likelihood.basis", found.best, reason, given, given == found.best)
+    yield Advice("likelihood.basis", value, reason, given, given in (value, found.best))
 
 
 def data_levels(data: Mapping[str, Any], facts: Facts, values: Lattice) -> Iterator[Advice]:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from experiment.data import Dataset
 
-NODES = {1: 4096, 2: 192}  # of the grid along each axis, by the number of axes
-REACH = 0.75  # of the half-width of the grid that the data take at first
+NODES = {1: 4096, 2: 320}  # of the grid along each axis, by the number of axes
+REACH = 0.6  # of the half-width of the grid that the data take at first
 TAIL = 6.8  # standard deviations beyond which a Gaussian holds less than 1e-11
-RESOLVED = 3.0  # cells; a Gaussian of this width is a sum over cells to 1e-77
+RESOLVED = 2.0  # cells; a Gaussian of this width is a sum over cells to 1e-34
 LEAST = 1e-10  # of the largest density; below it rounding is divided by rounding
-MASS_OFF = 1e-3  # of the whole, beyond which the grid has missed a part of the density
+MASS_OFF = 0.02  # of the whole, beyond which the grid has missed a part of the density
 
 
 def known_floor(data: Dataset, clock: Tensor) -> Tensor | None:

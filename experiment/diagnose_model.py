@@ -27,7 +27,8 @@ class Errors:
 
     Attributes:
         clock: u, [L].
-        each: Squared error over D, [M, L] float64; a sample has one noise for all levels.
+        each: Squared error over D, [M, L] float64; a sample has one noise for all levels, and what
+            the power of that noise is off by chance is taken off in proportion.
     """
 
     clock: Tensor
@@ -72,7 +73,19 @@ def noise_errors(
         )
         for i in rows
     ]
-    return Errors(clock, torch.cat(parts, 1).mT.double().cpu())
+    each = torch.cat(parts, 1).mT.double().cpu()
+    power = noise.flatten(1).double().square().mean(1).cpu() - 1
+    return Errors(clock, each - power[:, None] * _slope(each, power))
+
+
+def _slope(each: Tensor, power: Tensor) -> Tensor:
+    """Regression of the errors [M, L] on the excess ``power`` [M] of the noise, [L].
+
+    What the mean of ``power`` is by chance, 0 being known, the errors are by chance in this
+    proportion: where nothing of the noise can be foreseen, the error is the noise itself.
+    """
+    centred = power - power.mean()
+    return centred @ each / centred.square().sum().clamp(min=1e-300)
 
 
 def _rows(cond: Tensor | None, start: int) -> Tensor | None:
@@ -81,13 +94,20 @@ def _rows(cond: Tensor | None, start: int) -> Tensor | None:
 
 def _error(model: ScoreModel, x0: Tensor, noise: Tensor, u: Tensor, cond: Tensor | None) -> Tensor:
     """Per-sample error [B] at one level."""
+    x, t, _, cond = noised(model, x0, noise, cond, u)
+    return (model(x, t, cond) - noise.to(x)).square().flatten(1).mean(1)
+
+
+def noised(
+    model: ScoreModel, x0: Tensor, noise: Tensor, cond: Tensor | None, u: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """x_t [B, ...], t [B], sigma [B] and the condition at the level ``u`` [], on the device."""
     device = next(model.parameters()).device
     x0, noise = x0.to(device), noise.to(device)
     t = model.sde.time_at(-2 * u).to(device).expand(len(x0))
-    level = model.sde.level(t)
-    alpha, sigma = (expand_like(c.to(x0.dtype), x0) for c in (level.alpha, level.sigma))
-    cond = None if cond is None else cond.to(device)
-    return (model(alpha * x0 + sigma * noise, t, cond) - noise).square().flatten(1).mean(1)
+    alpha, sigma = (c.to(x0.dtype) for c in (model.sde.alpha(t), model.sde.sigma(t)))
+    x = expand_like(alpha, x0) * x0 + expand_like(sigma, x0) * noise
+    return x, t, sigma, None if cond is None else cond.to(device)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from experiment.diagnose_model import (
     noise_errors,
     own_levels,
 )
+from experiment.diagnose_probes import Bases, measured_bases
 from experiment.diagnose_samples import Part
 from experiment.diagnose_seen import Seen
 from experiment.run import Run
@@ -31,6 +32,7 @@ from experiment.seeds import stream
 from score_models import ScoreModel
 
 LOSS_NUMBERS = 20_000  # of the samples of few numbers that are looked at
+PROBED = 16  # test samples that probes are tried on
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class ByLevel:
         floor: Least possible error where it is known, else None.
         gradients: Of the error on training samples; None if not asked for.
         own: The draws of the objective; None where it has no such density.
+        bases: Noise of probes on the model; None for one dimension.
     """
 
     train: Errors
@@ -76,6 +79,7 @@ class ByLevel:
     floor: Tensor | None
     gradients: Gradients | None
     own: OwnLevels | None
+    bases: Bases | None
 
     @property
     def clock(self) -> Tensor:
@@ -167,7 +171,16 @@ def by_level(
         known_floor(seen.data, clock),
         gradients(model, x0, noise, clock, cond) if few else None,
         own_levels(trained.objective(), model.sde, clock),
+        _bases(model, test, clock, seen),
     )
+
+
+def _bases(
+    model: ScoreModel, test: tuple[Tensor, Tensor, Tensor | None], clock: Tensor, seen: Seen
+) -> Bases | None:
+    """Noise of probes on the first test samples."""
+    few = tuple(None if each is None else each[:PROBED] for each in test)
+    return measured_bases(model, few, clock, seen.some, stream(seen.seed, "diagnose probes", 0))
 
 
 def _draws(

@@ -65,10 +65,13 @@ def _probes(found: Found) -> list[str]:
     if found["bases"] is None:
         return ["probes: no prediction for one dimension, or more than 4096"]
     unit = UNITS[found["metric"]]
-    parts = [f"{name} {error:.3g}" for name, error in found["bases"]["error"].items()]
+    shown = {"predicted for Gaussian data": found["bases"]}
+    if found["model"]:
+        shown["measured on the model"] = found["model"]["bases"]
     return [
-        f"probes, predicted error of one sample by basis, {unit}, one probe an e-fold: "
-        + ", ".join(parts)
+        f"probes, error of one sample by basis, {unit}, one probe an e-fold, {how}: "
+        + ", ".join(f"{name} {error:.3g}" for name, error in row["error"].items())
+        for how, row in shown.items()
     ]
 
 

@@ -113,13 +113,16 @@ def diagnosis(run: Run, data: Dataset, effort: Effort, trained: Trained | None) 
         *proposals(run, seen, wanted, drawn),
         *advice.basis(run.config["likelihood"], told, measured is None),
     ]
+    units = list(advice.data_levels(run.config["data"], seen.facts, seen.values))
+    if not all(each.fits for each in units):
+        proposed = []  # all others are in units that this one changes
     return {
         "metric": data.units.metric,
         **about_data(run, seen),
         "bases": None if probes is None else probes.as_row(per_nat(data)),
         "levels": about_levels(seen.curves, own),
         "model": None if measured is None else _about_model(trained, measured, per_nat(data)),
-        "advice": [each.as_row() for each in proposed],
+        "advice": [each.as_row() for each in [*units, *proposed]],
     }
 
 
@@ -153,7 +156,6 @@ def proposals(run: Run, seen: Seen, wanted: Wanted, drawn: OwnLevels | None) -> 
         *advice.sigma_max(config["sde"], seen.reach, seen.prior),
         *advice.data_std(config["parameterization"], _data_std(run, data)),
         *advice.levels(config["objective"], wanted, efficiency),
-        *advice.data_levels(config["data"], seen.facts, seen.values),
     ]
 
 

@@ -110,7 +110,7 @@ def data_levels(data: Mapping[str, Any], facts: Facts, values: Lattice) -> Itera
     used = round(values.high) + 1
     if facts.levels is None or "levels" not in data or facts.looked_at != facts.sizes:
         return
-    reason = f"the largest value is {used - 1}"
+    reason = f"the largest value is {used - 1}; model units change with it: ask again then"
     yield Advice("data.levels", max(2, used), reason, facts.levels, used > facts.levels / 2)
 
 

@@ -70,10 +70,10 @@ def bases(x: Tensor, shape: tuple[int, ...], clock: Tensor) -> Bases | None:
     between: axes fit the samples that they were taken from too well.
 
     Returns:
-        None for one dimension, or more than ``MOST_DIMS``.
+        None for one dimension, more than ``MOST_DIMS``, or fewer than four samples.
     """
     dims = x.shape[1]
-    if not 1 < dims <= MOST_DIMS:
+    if not 1 < dims <= MOST_DIMS or len(x) < 4:
         return None
     centred = x - x.mean(0)
     first, second = centred[::2], centred[1::2]

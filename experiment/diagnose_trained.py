@@ -12,8 +12,8 @@ from torch import Tensor
 
 from experiment.checkpoint import load_checkpoint, stored_config
 from experiment.config import check_targets
-from experiment.diagnose_floor import known_floor
-from experiment.diagnose_levels import Curve, Wanted, gaussian_curve
+from experiment.diagnose_floor import known_floor, without_gaps
+from experiment.diagnose_levels import SURE, Curve, Wanted, gaussian_curve
 from experiment.diagnose_model import (
     GROUPS,
     Errors,
@@ -87,8 +87,15 @@ class ByLevel:
         return self.test.clock
 
     def wanted(self) -> Wanted:
-        """The density of levels that the error of the model itself on test samples asks for."""
-        return Curve(self.clock, self.test.mean, "the model").wanted()
+        """The density of levels that the least error known asks for.
+
+        That is the floor; without one the error of the model on test samples, where it is below
+        that of the best linear denoiser by two standard errors, and else the latter.
+        """
+        better = self.test.mean + SURE * self.test.standard_error < self.gaussian
+        least = torch.where(better, self.test.mean, self.gaussian)
+        known = least if self.floor is None else without_gaps(self.floor, self.clock)
+        return Curve(self.clock, known, "the model").wanted()
 
     def gap(self) -> tuple[float, float]:
         """Test minus training error, integrated over u, nats a dimension; its standard error."""

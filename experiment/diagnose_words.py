@@ -63,7 +63,9 @@ def _processes(found: Found) -> list[str]:
 
 def _probes(found: Found) -> list[str]:
     if found["bases"] is None:
-        return ["probes: no prediction for one dimension, or more than 4096"]
+        return [
+            "probes: no prediction for one dimension, more than 4096, or fewer than four samples"
+        ]
     unit = UNITS[found["metric"]]
     shown = {"predicted for Gaussian data": found["bases"]}
     if found["model"]:
@@ -108,7 +110,7 @@ def _factor(found: Found) -> float:
 
 
 def _steepest(row: Found) -> list[str]:
-    """Where test and training error differ most, in standard errors."""
+    """Where test error is most above that of training, if by two standard errors anywhere."""
     parts = zip(
         row["clock"],
         row["test"],
@@ -118,8 +120,11 @@ def _steepest(row: Found) -> list[str]:
         strict=True,
     )
     gaps = [(a - b, math.hypot(x, y), u) for u, a, b, x, y in parts]
-    gap, error, u = max(gaps, key=lambda each: each[0])
-    return [f"they differ most at sigma/alpha = {math.exp(u):.2g}: by {uncertain(gap, error)}"]
+    sure = [each for each in gaps if each[0] > 2 * each[1]]
+    if not sure:
+        return ["at no level is it above by two standard errors"]
+    gap, error, u = max(sure)
+    return [f"it is most above at sigma/alpha = {math.exp(u):.2g}: by {uncertain(gap, error)}"]
 
 
 def _gradients(row: Found) -> list[str]:
@@ -141,8 +146,8 @@ def _gradients(row: Found) -> list[str]:
 
 def _drawn(row: Found) -> list[str]:
     said = (
-        f"noise levels, from the model's own error: log(sigma/alpha) of mean "
-        f"{row['wanted_mean']:.2f} and std {row['wanted_std']:.2f}"
+        "noise levels, from the least error known, the model's among them: log(sigma/alpha) of "
+        f"mean {row['wanted_mean']:.2f} and std {row['wanted_std']:.2f}"
     )
     if "efficiency" in row:
         said += f"; of the draws that it was trained with {row['efficiency']:.0%} were put to use"

@@ -121,6 +121,7 @@ def go_on(command: str) -> dict[str, str]:
         "Samples of the newest checkpoint": f"{base} mode=sample",
         "Samplers of it compared, by what they cost": f"{base} mode=compare",
         "What sampler=analytic_ddpm and its like want to know of it": f"{base} mode=calibrate",
+        "What the data ask for, and where in the noise it errs": f"{base} mode=diagnose",
     }
 
 

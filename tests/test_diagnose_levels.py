@@ -209,7 +209,9 @@ def test_the_levels_of_an_objective_are_its_draws_and_weights() -> None:
     sde = VPSDE()
     clock = torch.arange(-8, 7, 0.25, dtype=torch.float64)
     inner = clock.abs() < 4
-    normal = own_levels(Objective(noise_regression, LogNormalSigma(mean=-1.0, std=1.5)), sde, clock)
+    normal = own_levels(
+        Objective(noise_regression, LogNormalSigma(mean=-1.0, std=1.5)), sde, clock
+    )
     exact = torch.distributions.Normal(-1.0, 1.5).log_prob(clock).exp()
     assert_close(normal.density[inner], exact[inner], rtol=0.03, atol=3e-4)
     assert_close(normal.weight[inner], torch.ones_like(exact[inner]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from html import escape
 from pathlib import Path
 
-from experiment.diagnose_words import lines
+from experiment.diagnose_words import findings
 from experiment.exhibits import table
-from experiment.page import load, picture, plain
+from experiment.page import load, picture
 
 FILE, PICTURE = "diagnose.json", Path("figures") / "diagnose.png"
 
@@ -17,7 +18,7 @@ def diagnosis(run_dir: Path) -> str:
     if not found:
         return ""
     try:
-        said = [plain(line) for line in lines(found)[:-1]]
+        said = "\n".join(findings(found)).replace("\n\n", "\n")
         rows = [
             [row["override"], "fits" if row["fits"] else "proposed", row["reason"]]
             for row in found["advice"]
@@ -28,4 +29,5 @@ def diagnosis(run_dir: Path) -> str:
         run_dir / PICTURE,
         "Error of noise estimates, and where training draws its levels, against the noise",
     )
-    return shown + table(["setting", "", "why"], rows) + "".join(said)
+    told = f'<pre class="command">{escape(said)}</pre>\n'
+    return shown + table(["setting", "", "why"], rows) + told

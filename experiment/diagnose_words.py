@@ -14,6 +14,11 @@ Found = Mapping[str, Any]
 
 def lines(found: Found) -> list[str]:
     """Everything, line by line."""
+    return [*findings(found), "", *overrides(found)]
+
+
+def findings(found: Found) -> list[str]:
+    """All but the proposals."""
     return [
         *found["said"],
         *_training(found),
@@ -23,8 +28,6 @@ def lines(found: Found) -> list[str]:
         *_probes(found),
         *_levels(found["levels"]),
         *(model(found) if found["model"] else []),
-        "",
-        *overrides(found),
     ]
 
 

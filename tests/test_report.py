@@ -612,6 +612,7 @@ def test_commands_to_go_on_keep_the_choices_and_quote_what_needs_it(command, bas
         f"{base} mode=sample",
         f"{base} mode=compare",
         f"{base} mode=calibrate",
+        f"{base} mode=diagnose",
     ]
 
 
@@ -620,7 +621,7 @@ def test_the_commands_to_go_on_can_be_copied_from_the_page(tmp_path):
 
     assert found.all("code") == [
         f"python run.py 'run.name=a <b> & c' mode={mode}"
-        for mode in ("train", "likelihood", "sample", "compare", "calibrate")
+        for mode in ("train", "likelihood", "sample", "compare", "calibrate", "diagnose")
     ]
 
 

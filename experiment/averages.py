@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Profile(ABC):
     @abstractmethod
     def name(self) -> str:
         """What the average is called, in files too."""
+
+    combines: ClassVar[bool] = False  # whether such averages make others, after training
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Power(Profile):
     Args:
         width: In (0, 0.28]; 0.1 is a tenth of the training.
     """
+
+    combines: ClassVar[bool] = True
 
     width: float = 0.1
 

@@ -84,6 +84,7 @@ def drawn_by(about: Row) -> str:
         for key in ("eta", "temperature")
         if is_number(about.get(key)) and about[key] != 1
     ]
+    parts += [f"average {about['average']}"] if about.get("average") else []
     precision = about.get("precision", "float32")
     return ", ".join(parts + ([] if precision == "float32" else [str(precision)]))
 

@@ -26,9 +26,10 @@ def evaluated(run_dir: Path, iteration: int, samples: int) -> bool:
 
 
 def is_own(row: Mapping[str, Any]) -> bool:
-    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in."""
+    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in, and of
+    the average that training evaluates."""
     name = str(row.get("checkpoint", ""))
-    return Path(name).name == name
+    return Path(name).name == name and not row.get("average")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -67,11 +68,13 @@ def append_evaluation(
     settings: Likelihood,
     checkpoint: str,
     bounds: HasRow | None = None,
+    average: Mapping[str, Any] | None = None,
 ) -> None:
     """Add one row to ``likelihood.json``, with what it takes to repeat it.
 
     ``checkpoint`` is the name of a file of this run, or the path of another run's; ``bounds`` what
-    else was estimated of the same samples.
+    else was estimated of the same samples; ``average`` which of the weights, if
+    not the first.
     """
     path = run_dir / "likelihood.json"
     row = result.as_row()
@@ -83,6 +86,7 @@ def append_evaluation(
         "data": data.name,
         "entropy": data.entropy,
         "checkpoint": checkpoint,
+        **(average or {}),
         "dequantization": _dequantized(data, settings),
         "settings": str(settings),
         "note": f"probability-flow ODE; density at {_where(model, data, settings)}",

@@ -40,6 +40,7 @@ def likelihood(run: Run) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")
+    label += run.average.suffix
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         try:
             made = first_alone(
@@ -65,8 +66,9 @@ def likelihood(run: Run) -> None:
         if bounds is not None:
             show_estimates(bounds)
         name = path.name if own else str(path.absolute())
-        append_evaluation(run.path, result, iteration, model, data, settings, name, bounds)
-        if own:  # the record and its views are those of this run's training
+        more = {"bounds": bounds, "average": run.average.as_row()}
+        append_evaluation(run.path, result, iteration, model, data, settings, name, **more)
+        if own and not run.average.name:  # the record and its views are of this run's training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
     say(f"report: {write_report(run.path)}")

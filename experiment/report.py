@@ -33,7 +33,7 @@ COLUMNS = {
     "seconds": "seconds",
     "how": "how",
 }
-HOW = ("sde", "how", "note", "checkpoint")
+HOW = ("sde", "how", "note", "checkpoint", "average")
 
 
 def write_report(run_dir: str | Path) -> Path:

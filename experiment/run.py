@@ -25,6 +25,7 @@ from experiment.checkpoint import (
     stored_config,
     write_atomically,
 )
+from experiment.chosen import Label, choose
 from experiment.config import (
     asked_for,
     check_complete,
@@ -36,6 +37,7 @@ from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.progress import say
 from experiment.shards import local_rank
+from experiment.snapshots import FOLDER
 from score_models import ScoreModel
 from sde_lib import validation
 from sde_lib.samplers import SamplingError
@@ -49,6 +51,7 @@ CHANGEABLE = (
     "tracking",
     "run",
     "checkpoint",
+    "average",
     "device",
     "threads",
     "speed",
@@ -58,6 +61,7 @@ CHANGEABLE = (
     "training.log_every",
     "training.checkpoint_every",
     "training.evaluate_every",
+    "training.snapshot_every",
     "training.max_seconds",
     "experiment",
     "data.root",
@@ -73,12 +77,14 @@ class Run:
         instantiate: Builds the object that one node of the configuration describes.
         overrides: What of it was asked for on the command line, as ``key=value``.
         conf: The folder that it was composed from.
+        average: Which average of the weights it is about, once :meth:`trained` has found it.
     """
 
     config: Mapping[str, Any]
     instantiate: Callable[[Mapping[str, Any]], Any]
     overrides: Sequence[str] = ()
     conf: Path = Path("conf")
+    average: Label = Label()
 
     def __post_init__(self) -> None:
         check_complete(self.config)
@@ -114,6 +120,17 @@ class Run:
     def checkpoints(self) -> Path:
         """Where its checkpoints are."""
         return self.path / "checkpoints"
+
+    @property
+    def snapshots(self) -> Path:
+        """Where those of its power averages are."""
+        return self.path / FOLDER
+
+    @property
+    def fitted(self) -> Path:
+        """Where what is found out about its weights is kept, by the digest of the checkpoint; each
+        average has a place of its own."""
+        return self.path / "fitted" / self.average.name
 
     @property
     def seed(self) -> int:
@@ -163,8 +180,8 @@ class Run:
         )
 
     def trained(self) -> tuple[Run, ScoreModel, Path, int]:
-        """The run, the EMA model, the file and the iteration of the newest checkpoint, or of
-        ``checkpoint=PATH``.
+        """The run, the model of averaged weights, the file and the iteration of the newest
+        checkpoint, or of ``checkpoint=PATH``; ``average=...`` chooses another than the first.
 
         Network, process and parameterization come from the configuration *stored with it*, and
         asking for others is an error; ``training`` says how that model was trained; the rest is
@@ -208,14 +225,15 @@ class Run:
                 "leave these out, or train with them",
             )
         kept = {**parts, "training": training, "run": self._home(path)}
-        run = replace(self, config={**self.config, **kept})
+        chosen = choose(self.config.get("average"), path, state, training)
+        run = replace(self, config={**self.config, **kept}, average=chosen.label)
         model = run.build_model()
-        load_weights(model, state.get("ema"), path)
+        load_weights(model, chosen.weights, path)
         return (
             run,
             model.to(self.device()).eval().requires_grad_(False),
             path,
-            int(state["iteration"]),
+            chosen.iteration,
         )
 
     def _home(self, checkpoint: Path) -> dict[str, Any]:
@@ -277,7 +295,8 @@ class Run:
                 f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
             )
             handle.flush()
-            remove_partial_files(self.checkpoints)
+            for folder in (self.checkpoints, self.snapshots):
+                remove_partial_files(folder)
             yield
 
     def set_aside(self) -> None:

@@ -76,7 +76,7 @@ def sample(
     run, model, path, iteration = run.trained()
     sampler.check(model.sde)
     quick = faster(model, precision=precision, compile=compile)
-    like, place = torch.zeros(1, *data.shape, device=run.device()), run.path / "fitted"
+    like, place = torch.zeros(1, *data.shape, device=run.device()), run.fitted
     made = first_alone(
         lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
     )
@@ -87,11 +87,13 @@ def sample(
             return  # the first process has all samples and writes them
         values = data.units.decode(torch.cat([part.samples for part in parts]))
         about = _about(run, sampler, asked, path) | {
+            **run.average.as_row(),
             "iteration": iteration,
             "nfe": max(part.nfe for part in parts),
             "seconds": seconds,
         }
-        digest = hashlib.sha256(asked.identity(sampler, run.seed, path).encode()).hexdigest()[:6]
+        identity = asked.identity(sampler, run.seed, path) + run.average.suffix
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:6]
         name = f"{iteration:08d}-{about['sampler']}-{about['nfe']}-{digest}"
         array = run.path / "samples" / f"samples-{name}.npz"
         keep(values, [seed for part in parts for seed in part.seeds], about, array)
@@ -180,6 +182,7 @@ def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path)
         samples=values.numpy(),
         seeds=np.array(seeds, dtype=np.uint64),
         sampler=about["repr"],
+        average=about.get("average", ""),
         **{key: about[key] for key in known},
     )
 

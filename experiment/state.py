@@ -156,6 +156,17 @@ class State:
             "skipped": self.faults.skipped,
         }
 
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Weights of the model in the averages that others can be made of, by name.
+
+        All processes have to ask.
+        """
+        return {
+            average.profile.name: self._stored(average.module, average.weights)["model"]
+            for average in self.averages
+            if average.profile.combines
+        }
+
     def load(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; averages that it lacks begin from its weights."""
         self._restore(self.trained, self.weights, state["model"], state.get("objective", {}))

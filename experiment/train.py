@@ -33,6 +33,7 @@ from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
 from experiment.shards import rank
+from experiment.snapshots import cut_snapshots, save_snapshot
 from experiment.speed import Speed, keep_freed_memory
 from experiment.state import State
 from experiment.trackers import Tracker
@@ -58,6 +59,11 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         raise RunError(
             f"checkpoint={run.config['checkpoint']} is for mode=likelihood and mode=sample; "
             "training goes on from the newest checkpoint of its own directory, run.root/run.name."
+        )
+    if run.config.get("average") is not None:
+        raise RunError(
+            f"average={run.config['average']} is for the modes that use a trained model; training "
+            "keeps those of training.ema and training.power_ema, and evaluates the first."
         )
     validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
@@ -163,6 +169,7 @@ class _Trainer:
         run = self.run
         if self.first:
             self.record.cut(state.iteration)
+            cut_snapshots(self.run.snapshots, state.iteration)
         name = run.config["run"]["name"]
         weights = sum(p.numel() for p in state.model.parameters())
         say(
@@ -183,6 +190,7 @@ class _Trainer:
                     on_log=self.log,
                     on_checkpoint=self.checkpoint,
                     on_evaluate=self.glance,
+                    on_snapshot=self.snapshot,
                     should_stop=self.stopping,
                 )
                 if done:
@@ -257,6 +265,19 @@ class _Trainer:
             say(
                 f"warning: checkpoint at iteration {state.iteration} not written "
                 f"({error}); the one before it stays."
+            )
+
+    def snapshot(self, state: State) -> None:
+        """Keep the power averages; a full disk costs this snapshot and not the run."""
+        averages = state.snapshot()
+        if not self.first:
+            return
+        try:
+            save_snapshot(self.run.snapshots, state.iteration, averages)
+        except OSError as error:
+            say(
+                f"warning: snapshot at iteration {state.iteration} not written ({error}); "
+                "averages will be put together without it."
             )
 
     def glance(self, state: State) -> None:

@@ -68,7 +68,8 @@ def sources(checkpoint: Path, state: Mapping[str, Any], widths: Sequence[float])
         widths: Of the averages that are in each.
     """
     last = int(state["iteration"])
-    own = Source(last, partial(dict, state.get("averages", {})))
+    there = {name: parts["model"] for name, parts in state.get("averages", {}).items()}
+    own = Source(last, lambda: there)
     folder = checkpoint.absolute().parent
     found = list_checkpoints(folder.parent / FOLDER) if folder.name == "checkpoints" else []
     earlier = [path for path in found if iteration_of(path) < last]
@@ -134,8 +135,9 @@ class Snapshots:
         then = [s.iteration for s in self.sources if self._near(width, s.iteration)]
         here = f"widths {min(widths):g} to {max(widths):g}" if widths else "no width"
         there = f"iterations {_listed(then)}" if then else "no iteration"
+        count = f"{len(self.sources)} iteration{'' if len(self.sources) == 1 else 's'}"
         return (
-            f"widths {_listed(self.widths)} at {len(self.sources)} iterations give {here} at this "
+            f"widths {_listed(self.widths)} at {count} give {here} at this "
             f"iteration, and this width at {there}"
         )
 
@@ -154,10 +156,9 @@ class Snapshots:
         sums: dict[str, Tensor] = {}
         last: Weights = {}
         for source, row in zip(self.sources, shares.tolist(), strict=True):
-            if not any(row):
-                continue
-            averages = source.read()
-            for width, share in zip(self.widths, row, strict=True):
+            used = {w: share for w, share in zip(self.widths, row, strict=True) if share}
+            averages = source.read() if used else {}
+            for width, share in used.items():
                 last = averages[Power(width).name]
                 for name, value in last.items():
                     if value.is_floating_point():

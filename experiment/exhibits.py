@@ -102,6 +102,20 @@ def comparison(run_dir: Path) -> str:
     return note + _figure_of(run_dir, path, record) + _results(record)
 
 
+def widths(run_dir: Path) -> str:
+    """The figure of the latest iteration of which averages were compared."""
+    found = _trained(run_dir / "figures/averages")[:1]
+    return "".join(
+        picture(
+            path,
+            f"Likelihood by width of the average, iteration {iteration}, less that of the average "
+            "of training on the same samples, with its standard error; hollow: put together from "
+            "snapshots",
+        )
+        for iteration, path in found
+    )
+
+
 def _compared(run_dir: Path) -> Iterator[tuple[tuple[float, ...], Path, Row]]:
     for path in (run_dir / "compare").glob("compare-*.json"):
         record = load(path, dict)

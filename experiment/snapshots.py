@@ -124,7 +124,7 @@ class Snapshots:
             return found
         raise RunError(
             f"average=power:{width:g} of iteration {iteration} cannot be put together: the "
-            f"nearest profile is off by {found.error:.0%}, more than {LARGEST_ERROR:.0%} would be "
+            f"nearest profile is off by {found.error:.1%}, more than {LARGEST_ERROR:.0%} would be "
             f"another average; {self._possible(width, iteration)}. More of them, by "
             "training.snapshot_every=N in training, reach further."
         )

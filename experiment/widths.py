@@ -156,5 +156,5 @@ def _line(row: Mapping[str, Any]) -> str:
         return f"{name:<16}failed: {row['failed']}"
     value = uncertain(row["value"], row["standard_error"])
     difference = uncertain(row["difference"], row["difference_error"])
-    off = "kept" if row["average_error"] is None else f"{row['average_error']:.1g}"
+    off = "kept" if row["average_error"] is None else f"{row['average_error']:.2g}"
     return f"{name:<16}{value:>22}{difference:>22}   {off}"

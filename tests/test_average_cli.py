@@ -45,16 +45,16 @@ def test_two_widths_are_kept_and_a_third_is_put_together_and_scored(trained):
     names = [path.name for path in list_checkpoints(the_run(trained) / "snapshots")]
     assert names == [f"step-{n:08d}.pt" for n in range(6, 49, 6)]
     before = len(rows(trained))
-    for asked in ("power:0.05", "power:0.07", "power:0.1", "0.5", "power:0.07@30"):
+    for asked in ("power:0.05", "power:0.07", "0.5", "power:0.07@30"):
         result = run("mode=likelihood", *CHOICES, f"average={asked}", cwd=trained)
         assert result.returncode == 0, result.stderr
     found = {row.get("average"): row for row in rows(trained)}
-    assert len(rows(trained)) == before + 5 and set(found) == {
-        None, "power-0.05", "power-0.07", "power-0.1", "ema-0.5", "power-0.07@30",
+    assert len(rows(trained)) == before + 4 and set(found) == {
+        None, "power-0.05", "power-0.07", "ema-0.5", "power-0.07@30",
     }  # fmt: skip
     assert found["power-0.07"]["average_error"] < 0.02 and "average_error" not in found[None]
     assert found["power-0.07@30"]["iteration"] == 30
-    assert len({row["value"] for row in found.values()}) == 6
+    assert len({row["value"] for row in found.values()}) == 5
     files = {path.name for path in the_run(trained).glob("likelihood-*.npz")}
     assert len([name for name in files if "-power-0.07-" in name]) == 1
     page = (the_run(trained) / "report.html").read_text()

@@ -1,6 +1,7 @@
 """What turns a network into a score, and the loss that trains it."""
 
 from score_models.acceleration import Autocast, faster
+from score_models.conditioning import Classes, Vector
 from score_models.model import ScoreModel
 from score_models.objective import (
     EDMWeight,
@@ -17,6 +18,7 @@ from score_models.variance_head import VarianceHead
 __all__ = [
     "EDM",
     "Autocast",
+    "Classes",
     "Data",
     "EDMWeight",
     "ImportanceTimes",
@@ -29,6 +31,7 @@ __all__ = [
     "TimeSampler",
     "UniformTimes",
     "VarianceHead",
+    "Vector",
     "Velocity",
     "faster",
     "maximum_likelihood",

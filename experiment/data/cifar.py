@@ -15,8 +15,8 @@ from torch import Tensor
 
 from experiment.data.array_files import read_npz
 from experiment.data.dataset import Dataset
-from experiment.data.image_files import read_image
 from experiment.data.locate import data_root, missing
+from experiment.data.pictures import read_image
 from experiment.data.unpickle import load_bytes
 from experiment.errors import RunError
 

@@ -1,6 +1,11 @@
 """What goes wrong at run time through no bug of ours: told in one line, without a traceback."""
 
-EXTRAS = {"torchdiffeq": "solvers", "torchsde": "solvers", "wandb": "wandb"}  # others: run
+EXTRAS = {
+    "torchdiffeq": "solvers",
+    "torchsde": "solvers",
+    "wandb": "wandb",
+    "datasets": "hf",
+}  # others: run
 PACKAGES = {"hydra": "hydra-core", "sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
 
 

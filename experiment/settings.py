@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from experiment.data import Dataset
+from experiment.data.samples import first_rows
 from experiment.progress import say
 from experiment.training import trained_units
 from likelihood import (
@@ -167,7 +168,8 @@ def chosen(
     divergence = settings.divergence or suited(data.shape)
 
     def train() -> Tensor:
-        return data.units.encode(data.train[:20_000], torch.Generator().manual_seed(0))
+        some = first_rows(data.train, 20_000)
+        return data.units.encode(some, torch.Generator().manual_seed(0))
 
     basis = BASES[settings.basis](data.shape, train)
     if basis is not None:

@@ -19,6 +19,7 @@ ROOMS = {  # what each room may import of the others
 }
 OPTIONAL = {
     "torchdiffeq", "torchsde", "matplotlib", "wandb", "sklearn", "scipy", "PIL", "yaml", "tqdm",
+    "datasets",
 }  # fmt: skip
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 

@@ -17,7 +17,7 @@ from experiment.data.labels import conditions
 from experiment.data.raw_values import Raw, StoredSamples, in_memory, levels_of
 from experiment.data.samples import Samples, is_lazy
 from experiment.data.split import split
-from experiment.data.stored import NotByRow, StoredArray, stored_npy, stored_npz
+from experiment.data.stored import NotByRow, stored_npy, stored_npz
 from experiment.errors import RunError
 from sde_lib import validation
 
@@ -98,9 +98,9 @@ def _found(path: Path, lazy: str | bool) -> dict[str, Raw]:
 
 
 def _samples(name: str, values: Raw, levels: int | None) -> Samples:
-    if isinstance(values, StoredArray):
-        return StoredSamples(name, values, levels)
-    return in_memory(name, values, levels)
+    if isinstance(values, numpy.ndarray):
+        return in_memory(name, values, levels)
+    return StoredSamples(name, values, levels)
 
 
 def _conds(name: str, path: Path, found: dict[str, Raw]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from experiment.data import Dataset, Samples
 from experiment.data.samples import first_rows
 from experiment.errors import RunError
 from experiment.progress import say
+from experiment.shards import rank
 from likelihood import Standardization
 
 SPREAD_ROWS = 4096  # of which the spread in model units is taken
@@ -122,7 +123,7 @@ def as_trained(data: Dataset, config: Mapping[str, Any]) -> Dataset:
             f"{data.name} are no longer of the kind that the model was trained on "
             f"({'; '.join(changed)}). Put the files of the training back."
         )
-    if changed:
+    if changed and rank() == 0:
         say(
             f"warning: {data.name} differ from what the model was trained on "
             f"({'; '.join(changed)}); what is measured now is of the files as they are, in the "

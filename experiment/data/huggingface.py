@@ -219,7 +219,7 @@ def _mode(path: str, part: datasets.Dataset, column: str, channels: int | None) 
     return "L" if all(grey) else "RGB"
 
 
-def _pictures(path: str, split: str, part: datasets.Dataset, *how: Any) -> Pictures:
+def _pictures(path: str, split: str, part: datasets.Dataset, *how: str | int | None) -> Pictures:
     if len(part) == 0:
         raise RunError(f"huggingface: the split {split!r} of {path} is empty.")
     decoder = _decoder(path, split, part, *how)

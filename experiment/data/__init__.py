@@ -4,7 +4,7 @@ from experiment.data.array_files import arrays
 from experiment.data.cifar import cifar10
 from experiment.data.curves import swiss_roll, two_moons, two_spirals
 from experiment.data.dataset import Dataset
-from experiment.data.huggingface import huggingface
+from experiment.data.hub import huggingface
 from experiment.data.idx_files import fashion_mnist, mnist
 from experiment.data.image_files import image_folder
 from experiment.data.planar import checkerboard, eight_gaussians, rings

@@ -78,7 +78,10 @@ def survey(
 
 def first_of_a_constant(name: str, samples: Samples) -> float | None:
     """The value that every number of ``samples`` has; None, mostly at once, if two differ."""
-    first = samples[:1].flatten()[0]
+    head = samples[:1]
+    first = head.flatten()[0]
+    if bool((head != first).any()):
+        return None
     for block in each_block(samples, f"checking {name}"):
         if bool((block != first).any()):
             return None

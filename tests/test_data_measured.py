@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from likelihood import Standardization
 from score_models import Classes, Vector
 
 pytestmark = pytest.mark.usefixtures("no_data_by_chance")
+EXPERIMENT = Path(__file__).resolve().parents[1] / "experiment"
 
 
 def normal(mean=0.0, std=1.0, seed=0, shape=(200, 3)):
@@ -196,3 +198,10 @@ def test_on_the_command_line_a_changed_file_changes_no_units_and_stops_a_trainin
     assert abs(np.load(samples)["samples"].mean()) < 100, "about 3, and not about 3000"
     again = run(*choices, "training.steps=12", cwd=tmp_path)
     assert again.returncode == 1 and "was trained on other data (test_digest" in again.stderr
+
+
+def test_every_mode_that_uses_a_trained_model_takes_data_in_its_units():
+    users = [path for path in EXPERIMENT.glob("*.py") if "run.trained()" in path.read_text()]
+    assert len(users) >= 5
+    for path in users:
+        assert "as_trained(data, run.config)" in path.read_text(), path.name

@@ -100,7 +100,9 @@ def _found(path: Path, lazy: str | bool) -> dict[str, Raw]:
 def _samples(name: str, values: Raw, levels: int | None) -> Samples:
     if isinstance(values, numpy.ndarray):
         return in_memory(name, values, levels)
-    return StoredSamples(name, values, levels)
+    samples = StoredSamples(name, values, levels)
+    samples.check_wide()
+    return samples
 
 
 def _conds(name: str, path: Path, found: dict[str, Raw]) -> dict[str, Any]:

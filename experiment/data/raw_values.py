@@ -9,7 +9,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from experiment.data.samples import row_indices
+from experiment.data.samples import each_block, row_indices
 from experiment.data.stored import StoredArray
 from experiment.errors import RunError
 from likelihood.standardize import slices
@@ -172,6 +172,15 @@ class StoredSamples:
             outside = (found < 0) | (found >= self.levels)
             self._refuse(outside, found, wanted, f"in 0..{self.levels - 1}")
         return torch.from_numpy(found.astype(str(self.dtype).removeprefix("torch.")))
+
+    def check_wide(self) -> None:
+        """Read all of what only fits into bytes if the values are right; once, at the door.
+
+        `Dataset` takes bytes of 256 levels to be right, and cannot know that these were wider.
+        """
+        if self.dtype == torch.uint8 and self.values.dtype != numpy.uint8:
+            for _ in each_block(self, f"checking {self.name}"):
+                pass
 
     def _refuse(
         self, bad: numpy.ndarray, found: numpy.ndarray, rows: numpy.ndarray, wanted: str

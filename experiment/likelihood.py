@@ -13,6 +13,7 @@ from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import evaluate, show
 from experiment.ledger import append_evaluation, keep_samples
+from experiment.measured import as_trained
 from experiment.progress import say
 from experiment.record import Record
 from experiment.report import write_report
@@ -36,6 +37,7 @@ def likelihood(run: Run) -> None:
     data: Dataset = run.build("data")
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    data = as_trained(data, run.config)
     settings.check(data, on_centres=not run.config["training"].get("dequantize", True))
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()

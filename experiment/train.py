@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from experiment.augment import Augmentation, augmentation
 from experiment.batches import Batches
 from experiment.checkpoint import (
     check_weights,
@@ -67,6 +68,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     likelihood.check(data, on_centres=not settings.dequantize)
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
+    augment = augmentation(run, data)
     speed: Speed = run.build("speed")
     processes: Processes = run.build("distributed")
     processes.share(settings.batch_size)  # refuses a batch that is too small
@@ -106,7 +108,9 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
                 "run.fresh=true starts over."
             )
             return
-        _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples).go(state)
+        trainer = _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples)
+        trainer.augment = augment
+        trainer.go(state)
 
 
 def _seeded(run: Run) -> tuple[ScoreModel, Objective]:
@@ -157,6 +161,7 @@ class _Trainer:
         self.evaluating = False
         self.unsaved = 0
         self.first = rank() == 0
+        self.augment: Augmentation | None = None
 
     def go(self, state: State) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
@@ -184,6 +189,7 @@ class _Trainer:
                     on_checkpoint=self.checkpoint,
                     on_evaluate=self.glance,
                     should_stop=self.stopping,
+                    augment=self.augment,
                 )
                 if done:
                     self.evaluating = True

@@ -1,6 +1,7 @@
 """What turns a network into a score, and the loss that trains it."""
 
 from score_models.acceleration import Autocast, faster
+from score_models.conditioning import Classes, Vector
 from score_models.model import ScoreModel
 from score_models.objective import (
     DenoisingScoreMatching,
@@ -18,6 +19,7 @@ from score_models.variance_head import VarianceHead
 __all__ = [
     "EDM",
     "Autocast",
+    "Classes",
     "Data",
     "DenoisingScoreMatching",
     "EDMWeight",
@@ -31,6 +33,7 @@ __all__ = [
     "TimeSampler",
     "UniformTimes",
     "VarianceHead",
+    "Vector",
     "Velocity",
     "faster",
     "maximum_likelihood",

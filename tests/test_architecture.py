@@ -20,6 +20,7 @@ ROOMS = {  # what each room may import of the others
 OPTIONAL = {
     "torchdiffeq", "torchsde", "matplotlib", "wandb", "sklearn", "scipy", "PIL", "yaml", "tqdm",
     "wandb_workspaces", "tensorboard", "trackio", "huggingface_hub",
+    "datasets",
 }  # fmt: skip
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 

@@ -193,12 +193,37 @@ def source(node: dict[str, Any], tmp_path: Path) -> Dataset:
             pixels = generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         return run.instantiate(node | {"path": str(tmp_path)})
+    if name == "huggingface":
+        return run.instantiate(node | {"path": str(parquet(tmp_path))})
     if "root" in node:
         root = Path(__file__).resolve().parents[2] / "shared" / "data"
         if not (root / name.replace("_", "-")).exists():
             pytest.skip(f"no files of {name}; tests/test_data_*.py read small ones of its kind")
         return run.instantiate(node | {"root": str(root)})
     return run.instantiate(node)
+
+
+def parquet(tmp_path: Path) -> Path:
+    """A folder with pictures as the package ``datasets`` writes them."""
+    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 8, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(image) for image in pixels]}, features=features
+    )
+    (tmp_path / "hub").mkdir()
+    table.to_parquet(str(tmp_path / "hub" / "train.parquet"))
+    return tmp_path / "hub"
+
+
+def check_augment(node: dict[str, Any], tmp_path: Path) -> None:
+    """Of images their rows are kept, of a batch mates do not matter, vectors are refused."""
+    augment, x = run.instantiate(node), torch.arange(64 * 24).reshape(64, 2, 3, 4)
+    made = augment(x, torch.Generator().manual_seed(0))
+    assert made.dtype == x.dtype and torch.equal(made.sort(-1).values, x.sort(-1).values)
+    assert 0 < int((made != x).flatten(1).any(1).sum()) < 64
+    with pytest.raises(ValueError, match="no images"):
+        augment.check((7,))
 
 
 def check_training(node: dict[str, Any], tmp_path: Path) -> None:
@@ -247,6 +272,7 @@ CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "objective": check_objective,
     "likelihood": check_likelihood_settings,
     "data": check_data,
+    "augment": check_augment,
     "training": check_training,
     "tracking": check_tracking,
     "speed": check_speed,

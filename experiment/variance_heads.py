@@ -15,7 +15,7 @@ from torch import Tensor
 from experiment.checkpoint import write_atomically
 from experiment.errors import RunError
 from score_models import ScoreModel
-from score_models.variance_head import VarianceHead
+from score_models.variance_head import VarianceHead, head_of
 from score_models.variance_kinds import KINDS, HeadKind
 from sde_lib import validation
 from sde_lib.reverse_variance import AnalyticVariance
@@ -74,11 +74,8 @@ def new_head(model: ScoreModel, shape: tuple[int, ...], settings: HeadSettings) 
     Raises:
         ValueError: If its network has no features.
     """
-    device = next(model.parameters()).device
-    level = torch.tensor(model.sde.t_max, dtype=torch.float64, device=device)
-    features = model.features(torch.zeros(1, *shape, device=device), level)
-    head = VarianceHead(tuple(features.shape[1:]), shape, settings.width, settings.blocks)
-    return head.to(device)
+    x0 = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    return head_of(model, x0, None, settings.width, settings.blocks)
 
 
 def head_path(kind: str, weights: str, folder: Path) -> Path:

@@ -67,7 +67,7 @@ class UniformLevels(TimeSampler, LevelTimes):
         return self.time(sde, row), importance
 
 
-class LossAwareLevels(nn.Module, LevelTimes):
+class LossAwareLevels(LevelTimes, nn.Module):
     r"""Draws a level in proportion to the root mean square of its latest losses.
 
     .. math::  p_t \propto \sqrt{E[L_t^2]}

@@ -16,8 +16,8 @@ class Objective(ABC):
     """What training minimises, in two halves: the randomness of a batch, and its loss.
 
     Whoever trains may draw ahead, in another thread or process, for some rows of a batch or for
-    all of them. An objective with weights or a state of its own is a ``torch.nn.Module`` too; they
-    are trained and stored with the model.
+    all of them. An objective with weights or a state of its own is a ``torch.nn.Module`` too, in
+    this order: ``class Mine(Objective, nn.Module)``; they are trained and stored with the model.
     """
 
     def prepare(  # noqa: B027

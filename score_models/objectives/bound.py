@@ -35,7 +35,7 @@ class Term(NamedTuple):
     importance: Tensor
 
 
-class VariationalBound(nn.Module, Objective):
+class VariationalBound(Objective, nn.Module):
     r"""Minus a lower bound on log p of the T-step model, nats a dimension, one term a sample.
 
     .. math::  L = L_T + \sum_{i=2}^{T} \mathrm{KL}_i + L_0, \qquad

@@ -17,7 +17,7 @@ from sde_lib.noise import Generator
 from sde_lib.sde import SDE
 
 
-class Hybrid(nn.Module, Objective):
+class Hybrid(Objective, nn.Module):
     r"""L_simple for the mean, the bound for the variance, from one pass of the network.
 
     .. math::  \frac{1}{D} \|\varepsilon - \hat\varepsilon\|^2 + \mathrm{share} \cdot

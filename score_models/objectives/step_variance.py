@@ -70,7 +70,7 @@ class FixedVariance(StepVariance):
         return expand_like(ratio.log().to(at.x), at.x)
 
 
-class LearnedVariance(nn.Module, StepVariance):
+class LearnedVariance(StepVariance, nn.Module):
     """Between DDPM's two, in the logarithm, by coordinate: a second head on the network.
 
     It sees the features that enter the last layer, and its loss leaves the network as it is; in

@@ -54,7 +54,7 @@ def check_objective(
     try:
         torch.manual_seed(seed)
         made = copy.deepcopy(objective)
-        made.prepare(_model(sde, 1), torch.zeros(2, *shape))
+        made.prepare(probed_model(sde), torch.zeros(2, *shape))
     finally:
         torch.set_rng_state(torch_state)
     _check_draws(made, sde, shape, seed)
@@ -80,7 +80,9 @@ class _Wrong(nn.Module):
         return self.leave(wrong.view_as(x))
 
 
-def _model(sde: SDE, rows: int, weights: Tensor | None = None) -> ScoreModel:
+def probed_model(sde: SDE, rows: int = 1, weights: Tensor | None = None) -> ScoreModel:
+    """The exact score of data N(0, STD²), or what ``weights`` [rows, 4] add to it; they are
+    parameters, 0 if not given, one row for all samples or one for each."""
     return ScoreModel(_Wrong(rows, weights), sde, EDM(STD))
 
 
@@ -117,17 +119,18 @@ def _check_draws(objective: Objective, sde: SDE, shape: tuple[int, ...], seed: i
 
 def _check_loss(objective: Objective, sde: SDE, shape: tuple[int, ...], seed: int) -> None:
     x0 = _data((BATCH, *shape), seed)
-    model = _model(sde, 1, torch.tensor([[0.3, -0.2, 0.1, 0.2]]))
+    model = probed_model(sde, 1, torch.tensor([[0.3, -0.2, 0.1, 0.2]]))
     draws = objective.draw(sde, x0.shape, BatchRows(seed, BATCH))
-    loss = objective.loss(model, x0, draws)
+    loss = objective.loss(model, x0, draws).detach()
     if loss.shape != (BATCH,) or not bool(loss.isfinite().all()):
         _refuse(
             objective,
             f"the loss should be finite, one number a sample, [{BATCH}]; got "
-            f"{tuple(loss.shape)}, {loss.detach().flatten()[:4].tolist()}...",
+            f"{tuple(loss.shape)}, {loss.flatten()[:4].tolist()}...",
         )
     rows = slice(ROWS.start, ROWS.stop)
-    alone = objective.loss(model, x0[rows], {name: d[rows] for name, d in draws.items()})
+    some = {name: drawn[rows] for name, drawn in draws.items()}
+    alone = objective.loss(model, x0[rows], some).detach()
     if not _same(alone, loss[rows]):
         _refuse(
             objective,
@@ -137,7 +140,7 @@ def _check_loss(objective: Objective, sde: SDE, shape: tuple[int, ...], seed: in
 
 
 def _check_gradient(objective: Objective, sde: SDE, shape: tuple[int, ...], seed: int) -> None:
-    model, x0 = _model(sde, shape[0]), _data(shape, seed + 1)
+    model, x0 = probed_model(sde, shape[0]), _data(shape, seed + 1)
     objective(model, x0, BatchRows(seed + 1, shape[0])).sum().backward()
     each = model.network.weights.grad  # [n, WAYS]: each sample has weights of its own
     own = objective.parameters() if isinstance(objective, nn.Module) else []
@@ -159,7 +162,7 @@ def _check_gradient(objective: Objective, sde: SDE, shape: tuple[int, ...], seed
 
 
 def _check_state(objective: Objective, sde: SDE, shape: tuple[int, ...], seed: int) -> None:
-    x0, model = _data((BATCH, *shape), seed), _model(sde, 1)
+    x0, model = _data((BATCH, *shape), seed), probed_model(sde)
     draws = objective.draw(sde, x0.shape, BatchRows(seed, BATCH))
     twins = [copy.deepcopy(objective) for _ in range(2)]
     for twin in twins:

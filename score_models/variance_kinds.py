@@ -144,8 +144,14 @@ class Interpolation(HeadKind):
         return step_cost(excess, (noise - eps_hat).square(), earlier, later)
 
     def variance(self, model: ScoreModel, head: VarianceHead) -> StateVariance:
-        output = HeadOutput(model, head)
-        return InterpolatedVariance(lambda x, t: 0.5 * (output(x, t) + 1))
+        return interpolated_variance(model, head)
+
+
+def interpolated_variance(model: ScoreModel, head: VarianceHead) -> InterpolatedVariance:
+    """The variance of the steps of ``model`` that a ``head`` makes whose output is that of
+    :class:`Interpolation`."""
+    output = HeadOutput(model, head)
+    return InterpolatedVariance(lambda x, t: 0.5 * (output(x, t) + 1))
 
 
 def interpolated(out: Tensor, earlier: Level, later: Level) -> Tensor:

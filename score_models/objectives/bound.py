@@ -16,7 +16,7 @@ from score_models.objectives.weighted import noised
 from score_models.variance_kinds import step_cost
 from sde_lib.decoders import Decoder, DensityDecoder
 from sde_lib.noise import Generator, randn
-from sde_lib.sde import SDE
+from sde_lib.sde import SDE, Level
 
 
 class Term(NamedTuple):
@@ -27,12 +27,14 @@ class Term(NamedTuple):
         noise: That is in the states, [B, ...].
         first: Whether the level is the first one, whose term is the decoder's, [B].
         importance: What each counts for, [B].
+        ends: First and last level of the model, fields [].
     """
 
     at: StepState
     noise: Tensor
     first: Tensor
     importance: Tensor
+    ends: tuple[Level, Level]
 
 
 class VariationalBound(Objective, nn.Module):
@@ -98,31 +100,33 @@ class VariationalBound(Objective, nn.Module):
         """The term that each sample of ``x0`` [B, ...] was drawn for."""
         row, importance = self.times.row(draws["u"])
         noise, first = draws["noise"].to(x0.dtype), row == 0
+        every = torch.arange(self.times.levels, device=row.device)
+        levels = sde.level(self.times.time(sde, every))
         # the first level has no step: it gets the numbers of the second, which do not count
-        ends = self.times.time(sde, row.clamp(min=1) - 1), self.times.time(sde, row.clamp(min=1))
-        earlier, later = (sde.level(t) for t in ends)
-        t = self.times.time(sde, row)
-        at = StepState(noised(sde.level(t), x0, noise), t, cond, earlier, later)
-        return Term(at, noise, first, importance.to(x0.dtype))
+        later = row.clamp(min=1)
+        now, earlier, later = (_taken(levels, i) for i in (row, later - 1, later))
+        at = StepState(noised(now, x0, noise), now.t, cond, earlier, later)
+        ends = _taken(levels, 0), _taken(levels, -1)
+        return Term(at, noise, first, importance.to(x0.dtype), ends)
 
     def cost(self, model: ScoreModel, x0: Tensor, term: Term, eps_hat: Tensor) -> Tensor:
         """T times each term, and L_T, nats a dimension, [B]; without importance."""
         error, at = term.noise - eps_hat, term.at
         excess = self.variance.excess(model, at)
         step = step_cost(excess, error.square(), at.earlier, at.later).flatten(1).sum(1)
-        last = self._decoder_cost(model.sde, x0, error, term.first).to(step)
-        prior = self._prior_cost(model.sde, x0).to(step)
+        last = self._decoder_cost(x0, error, term).to(step)
+        # the prior has the noise of the last level, so that only the means differ
+        prior = 0.5 * x0.square().flatten(1).sum(1) / term.ends[1].noise_ratio.to(step).square()
         terms = torch.where(term.first, last, step)
         return (self.times.levels * terms + prior) / x0[0].numel()
 
-    def _decoder_cost(self, sde: SDE, x0: Tensor, error: Tensor, first: Tensor) -> Tensor:
-        """L_0 of the samples at the ``first`` level, float64, [B]; of others, something finite."""
-        level = sde.level(torch.full((), sde.t_min, dtype=torch.float64, device=x0.device))
-        wrong = error.flatten(1).masked_fill(~first[:, None], 0).view_as(error).double()
-        x = x0.double()
+    def _decoder_cost(self, x0: Tensor, error: Tensor, term: Term) -> Tensor:
+        """L_0 of the samples at the first level, float64, [B]; of others, something finite."""
+        level, x = term.ends[0], x0.double()
+        wrong = error.flatten(1).masked_fill(~term.first[:, None], 0).view_as(error).double()
         return -self.decoder.log_prob(x, x + level.noise_ratio * wrong, level)
 
-    def _prior_cost(self, sde: SDE, x0: Tensor) -> Tensor:
-        """L_T, [B]: the prior has the noise of t_max, so that only the means differ."""
-        end = torch.full((), sde.t_max, dtype=torch.float64, device=x0.device)
-        return 0.5 * sde.log_snr(end).exp() * x0.double().square().flatten(1).sum(1)
+
+def _taken(levels: Level, rows: Tensor | int) -> Level:
+    """The ``levels`` [T] of these rows, in the shape of ``rows``."""
+    return Level(*(column[rows] for column in levels))

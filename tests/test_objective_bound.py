@@ -35,7 +35,7 @@ from sde_lib.decoders import DensityDecoder
 
 T = 6
 DDPM = DiscreteSDE.linear_betas(1e-3, 0.6, num_levels=T)
-PROCESSES = {"vp": VPSDE(t_min=1e-2), "ve": VESDE(sigma_max=5.0), "edm": EDMSDE(), "ddpm": DDPM}
+PROCESSES = {"vp": VPSDE(t_min=1e-2), "ve": VESDE(sigma_max=1.0), "edm": EDMSDE(), "ddpm": DDPM}
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -81,6 +81,18 @@ def test_the_mean_loss_is_the_bound_of_the_likelihood(name, kind):
     error = math.hypot(of_loss, float(bounds.std())) / (n // T) ** 0.5
     assert abs(float(loss.mean() - bounds.mean())) < 5 * error
     assert error < 0.05 * float(bounds.mean().abs()), "else it would say nothing"
+
+
+def test_a_step_without_error_costs_the_prior_term_alone():
+    sde = PROCESSES["ve"]
+    model, objective = a_model(sde), VariationalBound(UniformLevels(levels=T))
+    x0 = torch.randn(5, 2, generator=seeded(0), dtype=torch.float64)
+    u = torch.linspace(0.3, 0.9, 5, dtype=torch.float64)
+    term = objective.term(sde, x0, {"u": u, "noise": x0}, None)
+    times = objective.times.time(sde, torch.arange(T))
+    bound = discrete_bound(probability_flow(sde, model.score), x0, times=times)
+    assert_close(objective.cost(model, x0, term, term.noise), bound.terms[0] / 2)
+    assert float(bound.terms[0].min()) > 0.01
 
 
 def test_the_decoder_may_be_that_of_bins_and_its_gradient_is_finite():

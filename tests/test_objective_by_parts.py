@@ -165,7 +165,7 @@ def test_the_gradient_of_sliced_score_matching_is_its_slope(network, shape):
     for step in (1e-5, -2e-5):
         for weight, way in zip(weights, ways, strict=True):
             weight.data += step * way
-        losses.append(float(objective.loss(model, x0, draws).mean()))
+        losses.append(float(objective.loss(model, x0, draws).mean().detach()))
     slope = sum(float((s * way).sum()) for s, way in zip(slopes, ways, strict=True))
     assert slope == pytest.approx((losses[0] - losses[1]) / 2e-5, rel=1e-4)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+import run
+from experiment.config import choices
 from score_models import (
     DenoisingScoreMatching,
     Hybrid,
@@ -25,6 +28,14 @@ def test_objectives_of_ours_pass_on_every_kind_of_process():
     for sde in (VESDE(), EDMSDE(), CosineSDE(), DiscreteSDE.linear_betas(num_levels=50)):
         check_objective(DenoisingScoreMatching(), sde, shape=(1, 2, 2))
         check_objective(Hybrid(UniformLevels(levels=50), LearnedVariance(8, 1)), sde)
+
+
+def test_the_objective_of_the_page_passes_and_the_page_names_every_choice():
+    page = (run.CONF.parent / "docs" / "objectives.md").read_text(encoding="utf-8")
+    names = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], names)
+    check_objective(names["Huber"]())
+    assert all(f"`{choice}`" in page for choice in choices(run.CONF)["objective"])
 
 
 def test_what_is_checked_is_left_alone():

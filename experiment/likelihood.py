@@ -12,6 +12,7 @@ from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import evaluate, show
+from experiment.fitted import digest_of
 from experiment.ledger import append_evaluation, keep_samples
 from experiment.measured import as_trained
 from experiment.progress import say
@@ -21,6 +22,7 @@ from experiment.run import Run
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, rank
 from experiment.trackers.first_process import in_first_process
+from experiment.variance_heads import learned_variance
 from sde_lib.samplers import SamplingError
 
 
@@ -55,11 +57,12 @@ def likelihood(run: Run) -> None:
                 )
                 values = keep_samples(run.path, result, label + part, run.seed)
                 say(f"each sample: {values}")
-            bounds = (
-                estimate(model, data, settings, result, seed=run.seed, dequantization=made)
-                if settings.bounds
-                else None
-            )
+            bounds = None
+            if settings.bounds:
+                weights, heads = digest_of(path), run.path / "fitted"
+                learned = learned_variance(path, weights, heads, model, data.shape)
+                more = {"dequantization": made, "learned": learned}
+                bounds = estimate(model, data, settings, result, seed=run.seed, **more)
         except SamplingError as error:
             raise _kept(error, run.path, label) from error
         if rank() > 0:

@@ -147,6 +147,7 @@ class State:
             "model": trained["model"],
             "ema": averages[0]["model"],
             "objective": trained["objective"],
+            "objective_ema": averages[0]["objective"],
             "averages": {
                 average.profile.name: stored
                 for average, stored in zip(self.averages, averages, strict=True)

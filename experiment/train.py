@@ -74,7 +74,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     processes.share(settings.batch_size)  # refuses a batch that is too small
     if run.device().type == "cpu":
         keep_freed_memory()
-    model, objective = _seeded(run)
+    model, objective = _seeded(run, data)
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(
@@ -113,10 +113,14 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         trainer.go(state)
 
 
-def _seeded(run: Run) -> tuple[ScoreModel, Objective]:
+def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     """Model and objective with weights that depend on the seed alone."""
     torch.manual_seed(run.seed)
-    return run.build_model().to(run.device()), run.build("objective")
+    model, objective = run.build_model().to(run.device()), run.build("objective")
+    some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
+    cond = None if data.cond is None else data.train_cond[:2].to(run.device())
+    objective.prepare(model, some, cond)
+    return model, objective
 
 
 def _resume(run: Run, state: State, settings: Training) -> bool:

@@ -55,7 +55,8 @@ class Objective(ABC):
         """
 
     def observe(self, draws: Mapping[str, Tensor], losses: Tensor) -> None:  # noqa: B027
-        """Hear of the ``losses`` [B] of a whole batch and of its ``draws``, after its update."""
+        """Hear of the ``losses`` [B] of a whole batch and of those of its ``draws`` that are one
+        number a sample, after its update."""
 
     def __call__(
         self,

@@ -1,6 +1,8 @@
 """What turns a network into a score, and the loss that trains it."""
 
 from score_models.acceleration import Autocast, faster
+from score_models.conditioning import Classes, Conditioning, Vector
+from score_models.guidance import classifier_free, conditioned
 from score_models.model import ScoreModel
 from score_models.objective import (
     EDMWeight,
@@ -17,6 +19,8 @@ from score_models.variance_head import VarianceHead
 __all__ = [
     "EDM",
     "Autocast",
+    "Classes",
+    "Conditioning",
     "Data",
     "EDMWeight",
     "ImportanceTimes",
@@ -29,7 +33,10 @@ __all__ = [
     "TimeSampler",
     "UniformTimes",
     "VarianceHead",
+    "Vector",
     "Velocity",
+    "classifier_free",
+    "conditioned",
     "faster",
     "maximum_likelihood",
     "noise_regression",

@@ -58,9 +58,9 @@ class Classes(Conditioning):
         _given(owner, f"the class of each sample, int64 [{batch}]", cond)
         if cond.dtype != torch.int64 or cond.shape != (batch,):
             raise ValueError(
-                f"{owner} is conditioned on one of {self.count} classes and needs cond to be int64 "
-                f"[{batch}], a class a sample; got {_found(cond)}. Convert it with .long(), and "
-                "repeat a single class with .expand(batch)."
+                f"{owner} is conditioned on one of {self.count} classes and needs cond to be "
+                f"int64 [{batch}], a class a sample; got {_found(cond)}. Convert it with .long(), "
+                "and repeat a single class with .expand(batch)."
             )
         if _can_look(cond) and batch and not 0 <= int(cond.min()) <= int(cond.max()) <= self.count:
             raise ValueError(
@@ -128,8 +128,8 @@ class _VectorEmbedding(nn.Module):
 def _given(owner: str, what: str, cond: Tensor | None) -> None:
     if cond is None:
         raise ValueError(
-            f"{owner} is conditional and needs cond, {what}; got none. Pass it, or the null of the "
-            "conditioning, network.cond.null(batch), for the score without it."
+            f"{owner} is conditional and needs cond, {what}; got none. Pass it, or the null of "
+            "the conditioning, network.cond.null(batch), for the score without it."
         )
 
 

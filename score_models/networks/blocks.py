@@ -32,6 +32,21 @@ def spatial_axes(owner: str, shape: Sequence[int]) -> int:
     return axes
 
 
+def attending(owner: str, attention: Sequence[int], resolutions: int) -> set[int]:
+    """Those of so many resolutions, counted from the finest, that ``attention`` names.
+
+    Raises:
+        ValueError: If it names one that is not there.
+    """
+    if not all(-resolutions <= i < resolutions for i in attention):
+        raise ValueError(
+            f"{owner} has {resolutions} resolutions, 0 to {resolutions - 1} from the finest or -1 "
+            f"to {-resolutions} from the coarsest; got attention={list(attention)}. Leave out "
+            "those that are not there, or set more multipliers."
+        )
+    return {range(resolutions)[i] for i in attention}
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """Over the largest power of two of groups, up to 32, that leaves four channels in each."""
     groups = next(

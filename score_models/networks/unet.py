@@ -14,6 +14,7 @@ from score_models.networks.blocks import (
     Down,
     Dropout,
     SelfAttention,
+    attending,
     group_norm,
     modulate,
     spatial_axes,
@@ -66,7 +67,7 @@ class UNet(nn.Module):
         self.cond = cond
         self.checkpointing = validation.flag("UNet", "checkpointing", checkpointing)
         channels = [width * validation.count("UNet", "multipliers", m) for m in multipliers]
-        attends = {range(len(channels))[i] for i in attention}
+        attends = attending("UNet", attention, len(channels))
         if width % heads:
             raise ValueError(
                 f"UNet needs width divisible by heads; got width={width}, heads={heads}."

@@ -58,8 +58,6 @@ class _Fused(torch.autograd.Function):
     part of torch.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
@@ -84,6 +82,19 @@ class _Fused(torch.autograd.Function):
         weights, scale = _weights(q, k)
         change = _through_softmax(weights, (dq @ k.mT + q @ dk.mT) * scale)
         return change @ v + weights @ dv
+
+    @staticmethod
+    def vmap(
+        info: Any,  # noqa: ANN401
+        in_dims: tuple[int | None, ...],
+        *inputs: Tensor,
+    ) -> tuple[Tensor, int]:
+        batched = (
+            a.expand(info.batch_size, *a.shape) if dim is None else a.movedim(dim, 0)
+            for a, dim in zip(inputs, in_dims, strict=True)
+        )
+        value = _Fused.apply(*(a.flatten(0, 1) for a in batched))
+        return value.unflatten(0, (info.batch_size, -1)), 0
 
 
 def _fused_gradient(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:

@@ -40,9 +40,9 @@ def attending(owner: str, attention: Sequence[int], resolutions: int) -> set[int
     """
     if not all(-resolutions <= i < resolutions for i in attention):
         raise ValueError(
-            f"{owner} has {resolutions} resolutions, 0 to {resolutions - 1} from the finest or -1 "
-            f"to {-resolutions} from the coarsest; got attention={list(attention)}. Leave out "
-            "those that are not there, or set more multipliers."
+            f"{owner} with {resolutions} multipliers has resolutions 0, the finest, to "
+            f"{resolutions - 1}, or -1, the coarsest, to {-resolutions}; got "
+            f"attention={list(attention)}. Leave out the others, or set more multipliers."
         )
     return {range(resolutions)[i] for i in attention}
 

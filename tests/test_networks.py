@@ -149,7 +149,9 @@ def test_what_a_network_cannot_take_is_refused_with_the_remedy():
         ScoreUNet((1, 8, 8, 8, 8))
     with pytest.raises(ValueError, match="kernel=null, project=True.*project and output_skip"):
         ScoreUNet((1, 8, 8), kernel=None)
-    with pytest.raises(ValueError, match="even width.*head_channels=3"):
+    with pytest.raises(
+        ValueError, match=r"whole attention heads.*\[8, 16, 16, 16\], head_channels=3"
+    ):
         ScoreUNet((1, 8, 8), width=8, head_channels=3)
     with pytest.raises(ValueError, match="progressive_input to be one of none, residual, skip"):
         ScoreUNet((1, 8, 8), progressive_input="all")

@@ -33,7 +33,7 @@ class DiT(nn.Module):
         dropout: Dropout rate of what a branch adds, in [0, 1); 0 in the paper.
         cond: What it is conditioned on, see :mod:`score_models.conditioning`.
         checkpointing: While training keep only what enters each block, and compute the rest again
-            for the gradient: less memory, a third more time.
+            for the gradient: less memory, a quarter more time.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ class MLP(nn.Module):
         bandwidth: Their standard frequency, in radians per unit of the scaled input.
         cond: What it is conditioned on, see :mod:`score_models.conditioning`.
         checkpointing: While training keep only what enters each block, and compute the rest again
-            for the gradient: less memory, a third more time.
+            for the gradient: less memory, a quarter more time.
     """
 
     def __init__(

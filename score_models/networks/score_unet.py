@@ -33,7 +33,7 @@ class ScoreUNet(nn.Module):
 
     Args:
         shape: Shape of one sample, (channels, *sizes), one to three sizes of at least 8.
-        width: Channels at the finest resolution, even.
+        width: Channels at the finest resolution.
         multipliers: Channels at each resolution, in units of ``width``.
         blocks: Residual blocks at each resolution on the way down; one more on the way up.
         attention: Resolutions that attend, counted from the finest, 0; negative counts from the
@@ -55,7 +55,7 @@ class ScoreUNet(nn.Module):
         dropout: Dropout rate in the residual blocks, in [0, 1).
         cond: What it is conditioned on, see :mod:`score_models.conditioning`.
         checkpointing: While training keep only what enters each block, and compute the rest again
-            for the gradient: less memory, a third more time.
+            for the gradient: less memory, a quarter more time.
     """
 
     def __init__(
@@ -82,32 +82,18 @@ class ScoreUNet(nn.Module):
         axes = spatial_axes("ScoreUNet", shape)
         width, *multipliers = _counts(("width", width), *(("multipliers", m) for m in multipliers))
         (blocks,) = _counts(("blocks", blocks))
-        flags = (attend_once, project, scale_shift, rescale, output_skip, checkpointing)
-        names = ("attend_once", "project", "scale_shift", "rescale", "output_skip")
-        for name, value in zip((*names, "checkpointing"), flags, strict=True):
-            validation.flag("ScoreUNet", name, value)
-        validation.real("ScoreUNet", "dropout", dropout, at_least=0, below=1)
-        validation.real("ScoreUNet", "bandwidth", bandwidth, at_least=0)
-        validation.choice("ScoreUNet", "progressive_input", progressive_input, INPUTS)
-        if kernel is None and (project or output_skip or progressive_input != "none"):
-            raise ValueError(
-                "ScoreUNet without a kernel has no filter for project, output_skip and "
-                f"progressive_input; got kernel=null, project={project}, output_skip="
-                f"{output_skip}, progressive_input={progressive_input}. Set kernel to [1, 1] or "
-                "[1, 3, 3, 1], or project and output_skip to false and progressive_input to none."
-            )
         channels = [width * multiplier for multiplier in multipliers]
-        if width % 2 or any(c % (head_channels or 1) for c in channels):
-            raise ValueError(
-                "ScoreUNet needs an even width, half sines and half cosines, and whole heads at "
-                f"each resolution; got width={width}, multipliers={multipliers}, "
-                f"head_channels={head_channels}."
-            )
+        _check_flags(
+            attend_once=attend_once, project=project, scale_shift=scale_shift, rescale=rescale,
+            output_skip=output_skip, checkpointing=checkpointing,
+        )  # fmt: skip
+        _check_ranges(dropout, bandwidth, progressive_input)
+        _check_kernel(kernel, project, output_skip, progressive_input)
+        _check_channels(channels, head_channels)
         self.cond, self.checkpointing = cond, checkpointing
         self.resample = None if kernel is None else Resample(kernel, axes)
-        self.embedding = NoiseEmbedding(
-            4 * width, width if bandwidth else width // 2, cond, bandwidth
-        )
+        frequencies = width if bandwidth else max(width // 2, 1)
+        self.embedding = NoiseEmbedding(4 * width, frequencies, cond, bandwidth)
         gain = math.sqrt(0.5) if rescale else 1.0
         style = BlockStyle(
             axes, 4 * width, scale_shift, gain, dropout, head_channels, self.resample, project
@@ -219,6 +205,40 @@ class ScoreUNet(nn.Module):
 
 def _counts(*named: tuple[str, float]) -> list[int]:
     return [validation.count("ScoreUNet", name, value) for name, value in named]
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        validation.flag("ScoreUNet", name, value)
+
+
+def _check_ranges(dropout: float, bandwidth: float, progressive_input: str) -> None:
+    validation.real("ScoreUNet", "dropout", dropout, at_least=0, below=1)
+    validation.real("ScoreUNet", "bandwidth", bandwidth, at_least=0)
+    validation.choice("ScoreUNet", "progressive_input", progressive_input, INPUTS)
+
+
+def _check_kernel(
+    kernel: Sequence[float] | None, project: bool, output_skip: bool, progressive_input: str
+) -> None:
+    if kernel is None and (project or output_skip or progressive_input != "none"):
+        raise ValueError(
+            "ScoreUNet without a kernel has no filter for project, output_skip and "
+            f"progressive_input; got kernel=null, project={project}, output_skip={output_skip}, "
+            f"progressive_input={progressive_input}. Set kernel to [1, 1] or [1, 3, 3, 1], or "
+            "project and output_skip to false and progressive_input to none."
+        )
+
+
+def _check_channels(channels: list[int], head_channels: int | None) -> None:
+    size = 1 if head_channels is None else head_channels
+    validation.count("ScoreUNet", "head_channels", size)
+    if not channels or any(c % size for c in channels):
+        raise ValueError(
+            "ScoreUNet needs one multiplier or more, and whole attention heads at each "
+            f"resolution; got channels {channels}, head_channels={head_channels}. Choose "
+            "head_channels that divides width, or null for one head."
+        )
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class UNet(nn.Module):
         dropout: Dropout rate in the residual blocks, in [0, 1).
         cond: What it is conditioned on, see :mod:`score_models.conditioning`.
         checkpointing: While training keep only what enters each block, and compute the rest again
-            for the gradient: less memory, a third more time.
+            for the gradient: less memory, a quarter more time.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 """What turns a network into a score, and the losses that train it."""
 
 from score_models.acceleration import Autocast, faster
-from score_models.conditioning import Classes, Vector
+from score_models.conditioning import Classes, Conditioning, Vector
+from score_models.guidance import classifier_free, conditioned
 from score_models.level_times import LossAwareLevels, UniformLevels
 from score_models.model import ScoreModel
 from score_models.objective import Objective
@@ -35,6 +36,7 @@ __all__ = [
     "EDM",
     "Autocast",
     "Classes",
+    "Conditioning",
     "Data",
     "DenoisingScoreMatching",
     "EDMWeight",
@@ -60,6 +62,8 @@ __all__ = [
     "Vector",
     "VariationalBound",
     "Velocity",
+    "classifier_free",
+    "conditioned",
     "faster",
     "maximum_likelihood",
     "noise_regression",

@@ -24,7 +24,7 @@ from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.evaluation import evaluate
 from score_models import EDM, ScoreModel, UniformTimes
-from score_models.checks import check_objective
+from score_models.checks import check_network, check_objective
 from sde_lib import VPSDE
 from sde_lib.checks import check_sampler, check_sde
 from sde_lib.oracles import Gaussian
@@ -108,21 +108,19 @@ def check_sampling(node: dict[str, Any], tmp_path: Path) -> None:
     check_sampler(make, VPSDE(), bias=bias, batch_tolerance=1e-2 if adaptive else 0.0)
 
 
-def check_network(node: dict[str, Any], tmp_path: Path) -> None:
-    shape = (3,) if node["_target_"].endswith("MLP") else (2, 9, 12)
-    network = run.instantiate(node | {"shape": shape}).eval()
-    x, levels = torch.randn(2, *shape), torch.tensor([-2.0, 1.0])
-    assert torch.equal(network(x, levels), torch.zeros_like(x)), "starts at the mean of the data"
-    torch.manual_seed(0)
-    for weight in network.parameters():
-        nn.init.normal_(weight, std=max(weight[0].numel(), 4) ** -0.5)
-    alone = torch.cat([network(x[i : i + 1], levels[i : i + 1]) for i in range(2)])
-    assert_close(network(x, levels), alone, msg="a sample depends on its batch mates")
-    assert not torch.allclose(network(x, levels), network(x, levels + 1)), (
-        "the noise level is lost"
-    )
-    _, slope = torch.func.jvp(lambda x: network(x, levels), (x,), (torch.ones_like(x),))
-    assert bool(slope.isfinite().all())
+def check_conformity(node: dict[str, Any], tmp_path: Path) -> None:
+    """The network of a choice, made small; its own size is looked at in tests/test_networks.py."""
+    shapes = {"MLP": (3,), "DiT": (2, 8, 12)}
+    shape = shapes.get(node["_target_"].rpartition(".")[2], (2, 9, 12))
+    small = {"width": 8, "blocks": 1, "head_channels": 4, "features": 4, "multipliers": [1, 2]}
+    small = {key: value for key, value in small.items() if node.get(key)}
+    if "attention" in node:
+        small["attention"] = [i for i in node["attention"] if i < 2]
+    if "dropout" in node:
+        small["dropout"] = 0.3
+    cond = {"_target_": "score_models.Classes", "count": 3}
+    network = run.instantiate(node | small | {"shape": shape, "cond": cond})
+    check_network(network, shape, examples=torch.tensor([0, 2, 3]))
 
 
 def check_parameterization(node: dict[str, Any], tmp_path: Path) -> None:
@@ -271,7 +269,7 @@ def check_mode(node: dict[str, Any], tmp_path: Path) -> None:
 CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "sde": check_process,
     "sampler": check_sampling,
-    "network": check_network,
+    "network": check_conformity,
     "parameterization": check_parameterization,
     "objective": check_training_objective,
     "likelihood": check_likelihood_settings,

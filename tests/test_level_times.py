@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from score_models import Hybrid, LossAwareLevels, OneLevel, UniformLevels
-from score_models.checks import probed_model
+from score_models.objective_checks import probed_model
 from sde_lib import VPSDE, BatchRows, DiscreteSDE
 
 

@@ -41,6 +41,8 @@ from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
 from likelihood import Dequantization
 from score_models import Objective, ScoreModel
+from score_models.acceleration import PRECISIONS
+from score_models.model_size import ModelSize, describe
 from sde_lib import validation
 from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler, SamplingError
@@ -81,6 +83,14 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
             f"variance={name} is found out about a trained model; train with another sampler, "
             f"then run {VARIANCES[name].mode} and mode=sample with this one."
         )
+    rows = -(-len(processes.share(settings.batch_size)) // speed.accumulate)
+    size = describe(
+        model.network,
+        data.shape,
+        rows,
+        averages=len(settings.profiles),
+        dtype=PRECISIONS[speed.precision],
+    )
     processes.join()
     first = processes.rank == 0
     tracker = in_first_process(lambda: run.build("tracking"))
@@ -109,7 +119,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
             )
             return
         trainer = _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples)
-        trainer.augment = augment
+        trainer.augment, trainer.size = augment, size
         trainer.go(state)
 
 
@@ -166,6 +176,7 @@ class _Trainer:
         self.unsaved = 0
         self.first = rank() == 0
         self.augment: Augmentation | None = None
+        self.size: ModelSize | None = None
 
     def go(self, state: State) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
@@ -173,12 +184,11 @@ class _Trainer:
         if self.first:
             self.record.cut(state.iteration)
         name = run.config["run"]["name"]
-        weights = sum(p.numel() for p in state.model.parameters())
         say(
-            f"{name}: {len(self.data.train)} training samples of shape "
-            f"{self.data.shape}, {weights:,} weights, "
+            f"{name}: {len(self.data.train)} training samples of shape {self.data.shape}, "
             f"{self.settings.steps} iterations on {run.device()}"
         )
+        say(str(self.size))
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:

@@ -27,8 +27,8 @@ from score_models import (
     maximum_likelihood,
     score_matching_loss,
 )
-from score_models.objective_checks import STD, probed_model
 from score_models.networks import MLP
+from score_models.objective_checks import STD, probed_model
 from score_models.variance_kinds import interpolated_variance
 from sde_lib import EDMSDE, VESDE, VPSDE, DiscreteSDE, probability_flow
 from sde_lib.decoders import DensityDecoder

@@ -157,6 +157,7 @@ class Bench:
     def fitted(self, sampler: Sampler) -> Sampler:
         """As mode=sample has it."""
         where = {"checkpoint": self.path, "folder": self.run.fitted}
+        where["objective"] = self.run.average.objective
         return fitted(sampler, self.model, self.train[:1], **where)
 
     def draw(self, sampler: Sampler, count: int) -> tuple[Tensor, int]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from experiment.averages import Exponential, Power
 from experiment.errors import RunError
 from experiment.progress import say
-from experiment.snapshots import Snapshots, sources
+from experiment.snapshots import Snapshots, Weights, sources
 
 POWER = re.compile(r"power:([^@]+)(?:@(\d+))?")
 
@@ -26,10 +24,12 @@ class Label:
         name: As in ``average=NAME`` without the colon; empty for the first of ``training.ema``.
         error: Of the profile of one that was put together, see
             :class:`experiment.posthoc.Combination`; None for one that was kept.
+        objective: What the objective has learned, averaged likewise; None with an empty name.
     """
 
     name: str = ""
     error: float | None = None
+    objective: Weights | None = field(default=None, repr=False)
 
     @property
     def suffix(self) -> str:
@@ -48,7 +48,7 @@ class Chosen:
     """The weights of an average, by name, and what they are of."""
 
     label: Label
-    weights: Mapping[str, Tensor] | None
+    weights: Weights | None
     iteration: int
 
 
@@ -100,8 +100,9 @@ def _decay(
             f"average={asked} is not in checkpoint {checkpoint}; there are "
             f"{', '.join(kept) or 'none but the first, average=null'}{more}."
         )
-    label = Label("" if name == next(iter(there)) else name)
-    return Chosen(label, there[name]["model"], int(state["iteration"]))
+    first, parts = name == next(iter(there)), there[name]
+    label = Label() if first else Label(name, objective=parts["objective"])
+    return Chosen(label, parts["model"], int(state["iteration"]))
 
 
 def _power(width: float, iteration: int, snapshots: Snapshots) -> Chosen:
@@ -115,7 +116,8 @@ def _power(width: float, iteration: int, snapshots: Snapshots) -> Chosen:
             f"widths {', '.join(f'{w:g}' for w in snapshots.widths)}; its profile is off by "
             f"{found.error:.2g}"
         )
-    return Chosen(Label(name, found.error or None), snapshots.weights(found), iteration)
+    parts = snapshots.put_together(found)
+    return Chosen(Label(name, found.error or None, parts["objective"]), parts["model"], iteration)
 
 
 def _stored(state: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:

@@ -15,6 +15,7 @@ from experiment.compare_figure import TITLES, plot_comparison
 from experiment.contenders import Trial, contenders
 from experiment.data import Dataset
 from experiment.errors import RunError
+from experiment.measured import as_trained
 from experiment.progress import progress, say
 from experiment.report import write_report
 from experiment.run import Run
@@ -69,6 +70,7 @@ def compare(
     asked.check(data)
     tracker = Safe(run.build("tracking"))
     run, model, path, iteration = run.trained()
+    data = as_trained(data, run.config)
     bench = Bench.of(run, model, data, path, asked)
     planned = bench.planned(chosen)
     refuse_all([_why(t.name, t.asked, t.refused) for t in planned])

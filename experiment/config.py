@@ -132,7 +132,8 @@ def differences(
         new: What is asked for.
         ignore: Keys to pass over, with all below them.
 
-    An absent key and ``null`` are the same, so that a later version may add an option.
+    An absent key and ``null`` or ``false`` are the same, so that a later version may add an
+    option that is off.
     """
 
     def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,10 +145,11 @@ def differences(
         }
 
     a, b = leaves(old), leaves(new)
+    off = (None, False)
     return [
         f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
         for k in sorted({*a, *b})
-        if a.get(k) != b.get(k)
+        if a.get(k) != b.get(k) and not (k not in a and b[k] in off or k not in b and a[k] in off)
     ]
 
 

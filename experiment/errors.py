@@ -7,6 +7,7 @@ EXTRAS = {  # others: run
     "wandb_workspaces": "dashboard",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
+    "datasets": "hf",
 }
 PACKAGES = {  # where the name to install is not the name to import
     "hydra": "hydra-core",

@@ -35,6 +35,7 @@ from experiment.config import (
 )
 from experiment.data import Dataset
 from experiment.errors import RunError
+from experiment.measured import conditioned, measure, refuse_other_data
 from experiment.progress import say
 from experiment.shards import local_rank
 from experiment.snapshots import FOLDER
@@ -65,6 +66,8 @@ CHANGEABLE = (
     "training.max_seconds",
     "experiment",
     "data.root",
+    "data.lazy",
+    "measured",  # of the data; another set is refused in words of its own
 )
 
 
@@ -171,13 +174,16 @@ class Run:
         return ScoreModel(self.build("network"), self.build("sde"), self.build("parameterization"))
 
     def measured(self, data: Dataset) -> Run:
-        """This run with what the data decide filled in: shape and spread of a sample."""
-        probe = torch.Generator().manual_seed(0)
-        values = data.units.encode(data.train[:4096], probe)
-        std = float(f"{values.std(correction=0):.6g}")
-        return replace(
-            self, config=fill_measured(self.config, shape=list(data.shape), data_std=std)
-        )
+        """This run with what the data decide filled in: shape, spread and condition of a sample,
+        the units of continuous data, and what tells the set from another one.
+
+        Raises:
+            RunError: If the data come with conditions and the network takes none.
+        """
+        found = measure(data)
+        config = fill_measured(self.config, shape=list(data.shape), data_std=found.std)
+        config["network"] = conditioned(config["network"], data)
+        return replace(self, config=config | {"measured": found.as_node()})
 
     def trained(self) -> tuple[Run, ScoreModel, Path, int]:
         """The run, the model of averaged weights, the file and the iteration of the newest
@@ -202,7 +208,9 @@ class Run:
             measured = {
                 "shape": parts["network"].get("shape"),
                 "data_std": parts["parameterization"].get("data_std"),
+                "cond": parts["network"].get("cond"),
             }
+            measured_data = stored.get("measured")
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 path, f"its configuration lacks {error}", "pass a file written by mode=train"
@@ -225,6 +233,7 @@ class Run:
                 "leave these out, or train with them",
             )
         kept = {**parts, "training": training, "run": self._home(path)}
+        kept["measured"] = measured_data
         chosen = choose(self.config.get("average"), path, state, training)
         run = replace(self, config={**self.config, **kept}, average=chosen.label)
         model = run.build_model()
@@ -326,9 +335,8 @@ class Run:
 
         path = self.path / "config.yaml"
         if path.exists() and list_checkpoints(self.checkpoints):  # else there is nothing to lose
-            changed = differences(
-                yaml.safe_load(path.read_text(encoding="utf-8")), self.config, CHANGEABLE
-            )
+            before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            changed = differences(before, self.config, CHANGEABLE)
             if changed:
                 raise RunError(
                     f"run directory {self.path} holds a run with other choices "
@@ -336,6 +344,7 @@ class Run:
                     "directory with run.name=NAME, or set the earlier run aside with "
                     "run.fresh=true."
                 )
+            refuse_other_data(self.path, before.get("measured"), self.config.get("measured"))
             return
         about = {
             "name": self.config["run"]["name"],

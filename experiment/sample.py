@@ -20,6 +20,7 @@ from experiment.config import choices
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.fitted import fitted
+from experiment.measured import as_trained
 from experiment.plane import draw_plane
 from experiment.progress import progress, say
 from experiment.report import write_report
@@ -74,12 +75,12 @@ def sample(
     data: Dataset = run.build("data")
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    data = as_trained(data, run.config)
     sampler.check(model.sde)
     quick = faster(model, precision=precision, compile=compile)
-    like, place = torch.zeros(1, *data.shape, device=run.device()), run.fitted
-    made = first_alone(
-        lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
-    )
+    like = torch.zeros(1, *data.shape, device=run.device())
+    where = {"checkpoint": path, "folder": run.fitted, "objective": run.average.objective}
+    made = first_alone(lambda: fitted(sampler, model, like, drawn_by=quick, **where))
     made = Captured(made) if asked.cuda_graph else made
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         parts, seconds = _drawn(run, quick, made, data.shape, asked)
@@ -287,5 +288,5 @@ def to_bytes(values: Tensor, data: Dataset) -> Tensor:
     """Images in data units as grey values 0..255, uint8."""
     if data.levels is not None:
         return (values.float() * (255 / (data.levels - 1))).round().to(torch.uint8)
-    low, high = data.train.min(), data.train.max()
+    low, high = data.range
     return ((values - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)

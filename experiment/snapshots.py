@@ -22,17 +22,16 @@ from experiment.checkpoint import (
 from experiment.errors import RunError
 from experiment.posthoc import Combination, Kept, combined
 
-FOLDER = "snapshots"
+FOLDER, ROOMS = "snapshots", ("model", "objective")
 LARGEST_ERROR = 0.1  # of a profile, relative; beyond it is another average than the one asked for
 TRIED = [round(0.01 * n, 2) for n in range(1, 29)]  # widths that a refusal looks at
 
 Weights = Mapping[str, Tensor]
-Averages = Mapping[str, Weights]
+Averages = Mapping[str, Mapping[str, Weights]]  # by name, of model and objective
 
 
 def save_snapshot(folder: Path, iteration: int, averages: Averages) -> Path:
-    """Write the weights of the power averages of an iteration, by name, as a checkpoint is
-    written; none is ever dropped.
+    """Write the power averages of an iteration as a checkpoint is written; none is ever dropped.
 
     Raises:
         OSError: If the disk refuses; no partial file stays behind.
@@ -68,8 +67,7 @@ def sources(checkpoint: Path, state: Mapping[str, Any], widths: Sequence[float])
         widths: Of the averages that are in each.
     """
     last = int(state["iteration"])
-    there = {name: parts["model"] for name, parts in state.get("averages", {}).items()}
-    own = Source(last, lambda: there)
+    own = Source(last, lambda: state.get("averages", {}))
     folder = checkpoint.absolute().parent
     found = list_checkpoints(folder.parent / FOLDER) if folder.name == "checkpoints" else []
     earlier = [path for path in found if iteration_of(path) < last]
@@ -144,8 +142,8 @@ class Snapshots:
     def _near(self, width: float, iteration: int) -> bool:
         return combined(self.kept, Kept(width, iteration)).error <= LARGEST_ERROR
 
-    def weights(self, combination: Combination) -> dict[str, Tensor]:
-        """The weights of a combination, summed in float64, one snapshot in memory at a time.
+    def put_together(self, combination: Combination) -> dict[str, Weights]:
+        """Model and objective of a combination, summed in float64, a snapshot at a time.
 
         What is not a floating-point number is taken from the latest that has a part.
 
@@ -153,17 +151,24 @@ class Snapshots:
             CheckpointError: If a snapshot is damaged.
         """
         shares = combination.coefficients.reshape(len(self.sources), len(self.widths))
-        sums: dict[str, Tensor] = {}
-        last: Weights = {}
+        sums: dict[tuple[str, str], Tensor] = {}
+        last: dict[tuple[str, str], Tensor] = {}
         for source, row in zip(self.sources, shares.tolist(), strict=True):
             used = {w: share for w, share in zip(self.widths, row, strict=True) if share}
             averages = source.read() if used else {}
             for width, share in used.items():
-                last = averages[Power(width).name]
-                for name, value in last.items():
+                last = _flat(averages[Power(width).name])
+                for key, value in last.items():
                     if value.is_floating_point():
-                        sums[name] = sums.get(name, 0.0) + share * value.double()
-        return {name: sums[name].to(v) if name in sums else v for name, v in last.items()}
+                        sums[key] = sums.get(key, 0.0) + share * value.double()
+        found: dict[str, dict[str, Tensor]] = {room: {} for room in ROOMS}
+        for (room, name), value in last.items():
+            found[room][name] = sums.get((room, name), value).to(value)
+        return found
+
+
+def _flat(parts: Mapping[str, Weights]) -> dict[tuple[str, str], Tensor]:
+    return {(room, name): value for room in ROOMS for name, value in parts[room].items()}
 
 
 def _listed(numbers: Sequence[float]) -> str:

@@ -147,6 +147,7 @@ class State:
             "model": trained["model"],
             "ema": averages[0]["model"],
             "objective": trained["objective"],
+            "objective_ema": averages[0]["objective"],
             "averages": {
                 average.profile.name: stored
                 for average, stored in zip(self.averages, averages, strict=True)
@@ -156,13 +157,13 @@ class State:
             "skipped": self.faults.skipped,
         }
 
-    def snapshot(self) -> dict[str, dict[str, Tensor]]:
-        """Weights of the model in the averages that others can be made of, by name.
+    def snapshot(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """The averages that others can be made of, by name, as :meth:`state_dict` has them.
 
         All processes have to ask.
         """
         return {
-            average.profile.name: self._stored(average.module, average.weights)["model"]
+            average.profile.name: self._stored(average.module, average.weights)
             for average in self.averages
             if average.profile.combines
         }

@@ -11,6 +11,7 @@ from types import FrameType
 
 import torch
 
+from experiment.augment import Augmentation, augmentation
 from experiment.batches import Batches
 from experiment.checkpoint import (
     check_weights,
@@ -41,6 +42,8 @@ from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
 from likelihood import Dequantization
 from score_models import Objective, ScoreModel
+from score_models.acceleration import PRECISIONS
+from score_models.model_size import ModelSize, describe
 from sde_lib import validation
 from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler, SamplingError
@@ -73,18 +76,27 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     likelihood.check(data, on_centres=not settings.dequantize)
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
+    augment = augmentation(run, data)
     speed: Speed = run.build("speed")
     processes: Processes = run.build("distributed")
     processes.share(settings.batch_size)  # refuses a batch that is too small
     if run.device().type == "cpu":
         keep_freed_memory()
-    model, objective = _seeded(run)
+    model, objective = _seeded(run, data)
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(
             f"variance={name} is found out about a trained model; train with another sampler, "
             f"then run {VARIANCES[name].mode} and mode=sample with this one."
         )
+    rows = -(-len(processes.share(settings.batch_size)) // speed.accumulate)
+    size = describe(
+        model.network,
+        data.shape,
+        rows,
+        averages=len(settings.profiles),
+        dtype=PRECISIONS[speed.precision],
+    )
     processes.join()
     first = processes.rank == 0
     tracker = in_first_process(lambda: run.build("tracking"))
@@ -112,13 +124,19 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
                 "run.fresh=true starts over."
             )
             return
-        _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples).go(state)
+        trainer = _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples)
+        trainer.augment, trainer.size = augment, size
+        trainer.go(state)
 
 
-def _seeded(run: Run) -> tuple[ScoreModel, Objective]:
+def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     """Model and objective with weights that depend on the seed alone."""
     torch.manual_seed(run.seed)
-    return run.build_model().to(run.device()), run.build("objective")
+    model, objective = run.build_model().to(run.device()), run.build("objective")
+    some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
+    cond = None if data.cond is None else data.train_cond[:2].to(run.device())
+    objective.prepare(model, some, cond)
+    return model, objective
 
 
 def _resume(run: Run, state: State, settings: Training) -> bool:
@@ -163,6 +181,8 @@ class _Trainer:
         self.evaluating = False
         self.unsaved = 0
         self.first = rank() == 0
+        self.augment: Augmentation | None = None
+        self.size: ModelSize | None = None
 
     def go(self, state: State) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
@@ -171,12 +191,11 @@ class _Trainer:
             self.record.cut(state.iteration)
             cut_snapshots(self.run.snapshots, state.iteration)
         name = run.config["run"]["name"]
-        weights = sum(p.numel() for p in state.model.parameters())
         say(
-            f"{name}: {len(self.data.train)} training samples of shape "
-            f"{self.data.shape}, {weights:,} weights, "
+            f"{name}: {len(self.data.train)} training samples of shape {self.data.shape}, "
             f"{self.settings.steps} iterations on {run.device()}"
         )
+        say(str(self.size))
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:
@@ -192,6 +211,7 @@ class _Trainer:
                     on_evaluate=self.glance,
                     on_snapshot=self.snapshot,
                     should_stop=self.stopping,
+                    augment=self.augment,
                 )
                 if done:
                     self.evaluating = True

@@ -15,6 +15,7 @@ from experiment.checkpoint import CheckpointError, write_atomically
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.evaluation import Evaluation, evaluate
+from experiment.measured import as_trained
 from experiment.progress import progress, say
 from experiment.report import write_report
 from experiment.run import Run
@@ -54,6 +55,7 @@ def averages(run: Run, *, widths: Sequence[float], max_samples: int = 256) -> No
     settings: Likelihood = run.build("likelihood").quick(asked.max_samples)
     tracker = Safe(run.build("tracking"))
     home, model, path, iteration = run.trained()
+    data = as_trained(data, home.config)
     settings.check(data, on_centres=not home.config["training"].get("dequantize", True))
     scan = _Scan(run, path, data, settings, model)
     with tracker.watching(home.path, home.config, home.config["run"]["name"]):

@@ -138,4 +138,7 @@ def test_a_killed_run_goes_on_and_has_the_same_snapshots(trained, tmp_path):
         a, b = (torch.load(path, weights_only=True)["averages"] for path in (one, other))
         assert a.keys() == b.keys() == {"power-0.05", "power-0.1"}
         for name in a:
-            assert all(torch.equal(a[name][key], b[name][key]) for key in a[name]), one.name
+            assert all(
+                torch.equal(value, b[name]["model"][key])
+                for key, value in a[name]["model"].items()
+            )

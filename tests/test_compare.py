@@ -56,7 +56,9 @@ def bench(tmp_path):
     """The exact model of N(0, STD²) in three dimensions, and samples of that."""
     data = Gaussian(torch.zeros(3), STD)
     train, test = (data.sample(n, generator=torch.Generator().manual_seed(n)) for n in (60, 40))
-    about = SimpleNamespace(seed=5, fitted=tmp_path / "fitted", device=lambda: torch.device("cpu"))
+    about = SimpleNamespace(
+        seed=5, fitted=tmp_path / "fitted", average=Label(), device=lambda: torch.device("cpu")
+    )
     (tmp_path / "weights.pt").write_bytes(b"these")
     return Bench(
         about,

@@ -252,7 +252,7 @@ def test_an_unknown_argument_is_answered_with_those_there_are():
     assert str(refusal(node, cause)).endswith("'tau'; it takes power.")
     function = TypeError("digits() got an unexpected keyword argument 'tau'")
     node = {"_target_": "experiment.data.digits"}
-    assert str(refusal(node, function)).endswith("it takes test_size, seed.")
+    assert str(refusal(node, function)).endswith("it takes test_size, seed, conditional.")
     other = TypeError("something else")
     assert str(refusal(node, other)) == "experiment.data.digits: something else"
     own = ValueError("as it is")

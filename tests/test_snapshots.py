@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_training import assert_same, small_state, train
 
-from experiment.averages import Power
 from experiment.checkpoint import CheckpointError, list_checkpoints, save_checkpoint
 from experiment.chosen import choose
 from experiment.errors import RunError
@@ -93,7 +92,7 @@ def test_what_was_kept_is_taken_as_it_is(trained):
         assert found.label.as_row() == {"average": name, "average_error": None}
     earlier = chosen(trained[0], "power:0.1@50")
     (snapshot,) = (trained[0] / "snapshots").glob("step-00000050.pt")
-    kept = torch.load(snapshot, weights_only=True)["averages"]["power-0.1"]
+    kept = torch.load(snapshot, weights_only=True)["averages"]["power-0.1"]["model"]
     assert_same(dict(earlier.weights), kept)
     assert (earlier.iteration, earlier.label.name) == (50, "power-0.1@50")
 
@@ -116,17 +115,20 @@ def test_an_unseen_width_is_that_of_training_within_the_stated_error(trained, it
 
 
 def test_counts_are_no_averages_and_come_from_the_latest():
-    folder_weights = {"w": torch.tensor([1.0]), "count": torch.tensor(3)}
-    later = {"w": torch.tensor([2.0]), "count": torch.tensor(9)}
-    name = Power(0.1).name
-    there = [Source(10, lambda: {name: folder_weights}), Source(20, lambda: {name: later})]
+    def parts(weight, count):
+        there = {"w": torch.tensor([weight]), "count": torch.tensor(count)}
+        return {"power-0.1": {"model": there, "objective": {"head": torch.tensor([-weight])}}}
+
+    there = [Source(10, lambda: parts(1.0, 3)), Source(20, lambda: parts(2.0, 9))]
     snapshots = Snapshots([0.1], there)
     mix = combined(snapshots.kept, Kept(0.15, 20))
-    found = snapshots.weights(mix)
+    both = snapshots.put_together(mix)
+    found = both["model"]
     assert float(found["w"]) == pytest.approx(
         float(mix.coefficients @ torch.tensor([1, 2.0]).double())
     )
     assert int(found["count"]) == 9 and found["w"].dtype == torch.float32
+    assert torch.equal(both["objective"]["head"], -found["w"])
 
 
 def test_a_resumed_run_writes_the_same_snapshots_and_cuts_those_of_a_path_left_behind(tmp_path):

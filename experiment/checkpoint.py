@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"it has format version {state.get('version')}, this program reads {VERSION}",
             "use the version of score-sde that wrote it",
         )
+    if not isinstance(state.get("iteration"), int) or state["iteration"] < 0:
+        raise CheckpointError(
+            path, f"its iteration is {state.get('iteration')!r}, no whole number >= 0", remedy
+        )
     return state
 
 
@@ -200,9 +205,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None, p
     wrong = [f"{name} missing" for name in own if name not in weights]
     wrong += [f"{name} unknown" for name in weights if name not in own]
     wrong += [
-        f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name].shape)}"
+        f"{name} {_kind(weights[name])} where the model has {_kind(own[name])}"
         for name in own
-        if name in weights and weights[name].shape != own[name].shape
+        if name in weights and _kind(weights[name]) != _kind(own[name])
     ]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -212,6 +217,35 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None, p
             "rebuild with the configuration it was trained with, or choose another run.name",
         )
     model.load_state_dict(weights)
+
+
+def _kind(value: object) -> str:
+    """Shape of a tensor of real numbers; of others the type too, which loading would round to."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    numbers = "" if value.is_floating_point() else f" {value.dtype}"
+    return f"{tuple(value.shape)}{numbers}"
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Within it the content of ``path`` is put to use; what is missing there or does not fit is
+    told as damage of that file.
+
+    Raises:
+        CheckpointError: In place of whatever the content provoked.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            path,
+            f"what it holds does not fit this run ({reason})",
+            "use the version of score-sde that wrote it, an older checkpoint, or run.fresh=true",
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from experiment.errors import RunError
+from experiment.progress import say
 
 FORMAT, VERSION = "score-sde checkpoint", 1
 NAME = re.compile(r"step-(\d{8})\.pt")
@@ -66,6 +67,48 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
         old.unlink(missing_ok=True)
         _digest_path(old).unlink(missing_ok=True)
     return path
+
+
+class Saver:
+    """Saves the checkpoints of a run; a full disk costs a checkpoint and not the run at once.
+
+    Args:
+        folder: Where they go.
+        patience: How many saves in a row may fail; one more ends the run.
+    """
+
+    def __init__(self, folder: Path, patience: int = 3) -> None:
+        self.folder, self.patience, self.failed = folder, patience, 0
+
+    def __call__(self, iteration: int, state: Mapping[str, Any], *, last: bool = False) -> bool:
+        """Save; with a warning instead if the disk refuses and an earlier checkpoint is there.
+
+        Args:
+            iteration: Iterations done.
+            state: See :func:`save_checkpoint`.
+            last: Whether no later one comes, so that this one has to be written.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            RunError: If the run cannot go on like that.
+        """
+        try:
+            save_checkpoint(self.folder, iteration, state)
+        except OSError as error:
+            self.failed += 1
+            said = f"checkpoint at iteration {iteration} not written ({error})"
+            whole = list_checkpoints(self.folder)
+            if last or not whole or self.failed > self.patience:
+                raise RunError(
+                    f"{said}, the last of {self.failed} in a row; make room on the disk, and the "
+                    f"same command goes on from {whole[-1] if whole else 'the beginning'}."
+                ) from error
+            say(f"warning: {said}; the one before it stays")
+            return False
+        self.failed = 0
+        return True
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 from experiment.errors import RunError
 
 ROOMS = ("sde_lib", "score_models", "likelihood", "experiment")
-NO_RECIPE = ("experiment", "null")
 ALLOW_VARIABLE = "SCORE_SDE_ALLOW"  # packages of the user's own, comma-separated
 
 
@@ -197,7 +196,7 @@ def check_choices(overrides: Iterable[str], folder: Path) -> dict[str, list[str]
     for override in overrides:
         name, _, value = override.partition("=")
         group, choice = name.lstrip("+").partition("@")[0], value.strip("'\"")
-        if group not in groups or choice in groups[group] or (group, choice) == NO_RECIPE:
+        if group not in groups or choice in groups[group]:
             continue
         raise RunError(f"unknown {group}={value}; choose one of {', '.join(groups[group])}.")
     return groups

@@ -39,8 +39,7 @@ class Identity:
         """Write both; of a run that has ``begun``, hold the configuration to that of the run.
 
         A directory without a checkpoint yet, left by a run that was refused, is taken over. What
-        ``resume.allow_change`` let pass is noted in ``run.json``, and from then on the run has
-        the new values.
+        ``resume.allow_change`` lets pass is noted in ``run.json``.
 
         Raises:
             RunError: If the directory belongs to a run with other choices; they are listed.
@@ -60,8 +59,14 @@ class Identity:
         write_config(self._config_path, self.config)
 
     def set_state(self, state: str) -> None:
-        """Note in ``run.json`` how far the run is: training, stopped, finished or failed."""
+        """Note in ``run.json`` how far the run is: training, stopped, finished or failed.
+
+        Once it got somewhere with other choices than it was begun with, it is held to these.
+        """
         self._write_about(self._about() | {"state": state})
+        stored = read_config(self._config_path, self.folder / "checkpoints")
+        if state != "failed" and differences(stored or {}, self.config, self.changeable):
+            write_config(self._config_path, self.config)
 
     def _go_on_with(self, stored: Mapping[str, Any]) -> None:
         self._refuse_changes(stored)
@@ -70,8 +75,7 @@ class Identity:
         changed = differences(stored, self.config, self.changeable)
         if changed:
             say(f"going on with other choices: {'; '.join(changed)}")
-            write_config(self._config_path, self.config)
-            about["changes"] = [*about.get("changes", []), {"at": _now(), "changed": changed}]
+            about[f"changed {_now()}"] = changed
         self._write_about(about | {"versions": versions()})
 
     def _refuse_changes(self, stored: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,6 +100,9 @@ class Run:
             self.build("mode")(self)
         except SamplingError as error:
             raise RunError(str(error)) from error
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise SystemExit(128 + signal.SIGINT) from None
 
     @property
     def path(self) -> Path:

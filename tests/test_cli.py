@@ -78,11 +78,11 @@ class Zygote:
             env=ENVIRONMENT,
         )
 
-    def run(self, arguments, cwd):
+    def run(self, arguments, cwd, **more):
         with tempfile.TemporaryDirectory() as folder:
             streams = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
             request = {"script": str(ROOT / "run.py"), "arguments": arguments, "cwd": str(cwd)}
-            request |= {"env": ENVIRONMENT} | streams
+            request |= {"env": ENVIRONMENT} | streams | more
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())

@@ -261,9 +261,10 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
             f"cannot read an override ({given}); write key=value without spaces around the =; "
             "a value with spaces or special characters needs quotes of its own: 'key=\"a value\"'."
         )
-    twice = re.match(r"(\w+) appears more than once", message)
+    twice = re.match(r"Multiple values for (\w+)|(\w+) appears more than once", message)
     if twice:
-        return f"{twice[1]} is chosen already; write {twice[1]}=CHOICE without a + before it."
+        group = twice[1] or twice[2]
+        return f"{group} is chosen already; write {group}=CHOICE without a + before it."
     unknown = re.search(
         r"Key '([^']+)' is not in struct|Could not (?:override|append) '([^']+)'", message
     )

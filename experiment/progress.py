@@ -77,7 +77,8 @@ def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
 def say(text: str) -> None:
     """Print ``text`` as a line of its own: a bar on the terminal makes room and comes back.
 
-    A reader that has gone (``| head``) or a closed stdout costs the line and not the run.
+    A reader that has gone (``| head``), a closed stdout or a full disk behind it costs the line
+    and not the run; a letter that the terminal does not have becomes a question mark.
     """
     try:
         from tqdm import tqdm
@@ -87,9 +88,14 @@ def say(text: str) -> None:
         room = contextlib.nullcontext()
     try:
         with room:
-            print(text, flush=True)
-    except BrokenPipeError:
+            print(_shown(text), flush=True)
+    except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _shown(text: str) -> str:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _watched() -> bool:

@@ -544,3 +544,12 @@ def test_a_directory_with_other_choices_is_refused_and_they_are_listed(tmp_path)
     listed = str(caught.value).split("(")[1].split(")")[0]
     assert listed == "network.width: 8 -> 16; seed: 0 -> 1; training.lr: 0.1 -> 0.2"
     assert "run.name=NAME" in str(caught.value) and "run.fresh=true" in str(caught.value)
+
+
+def test_ctrl_c_in_any_mode_leaves_with_130_and_no_traceback(tmp_path, capsys):
+    def interrupted(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        Run(config_of(tmp_path, mode={}), lambda node: interrupted).go()
+    assert left.value.code == 130 and "interrupted" in capsys.readouterr().out

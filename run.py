@@ -38,9 +38,9 @@ def compose(overrides: list[str]) -> dict[str, Any]:
 
 def check_command_line() -> None:
     """Compose once before hydra does, so that a wrong choice or a typo is told in one line."""
-    from experiment.config import check_added, choices, explain, walk
+    from experiment.config import check_added, check_choices, explain, walk
 
-    groups = choices(CONF)
+    groups = check_choices(OVERRIDES, CONF)
     valid = [o for o in OVERRIDES if o.partition("=")[2] in groups.get(o.partition("=")[0], ())]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         known = [*groups, *(key for key, _ in walk(compose(valid)))]

@@ -17,7 +17,7 @@ from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.measured import as_trained
 from experiment.progress import progress, say
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.shards import alone
 from experiment.trackers import Safe
@@ -83,7 +83,7 @@ def compare(
         found = measured(bench.solved(), planned, about, record)
         picture = run.path / "figures" / f"{record.stem}.png"
         tracker.image("compare", plot_comparison(found, picture), iteration)
-    say(f"each interval: {record}\nfigure: {picture}\nreport: {write_report(run.path)}")
+    say(f"each interval: {record}\nfigure: {picture}\n{renew_report(run.path)}")
 
 
 def _refuse_another(run: Run) -> None:

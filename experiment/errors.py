@@ -33,4 +33,4 @@ def one_line(error: Exception) -> str:
         return (
             f"this needs the package {package}: pip install 'score-sde[{extra}]', or ./dev setup"
         )
-    return str(error)
+    return " ".join(str(error).split())  # what a library says may take several lines

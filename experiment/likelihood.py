@@ -17,7 +17,7 @@ from experiment.ledger import append_evaluation, keep_samples
 from experiment.measured import as_trained
 from experiment.progress import say
 from experiment.record import Record
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, rank
@@ -76,7 +76,7 @@ def likelihood(run: Run) -> None:
         if own and not run.average.name:  # the record and its views are of this run's training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
-    say(f"report: {write_report(run.path)}")
+    say(renew_report(run.path))
 
 
 def _kept(error: SamplingError, folder: Path, label: str) -> RunError:

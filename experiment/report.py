@@ -106,6 +106,21 @@ def write_report(run_dir: str | Path) -> Path:
     )
 
 
+def renew_report(run_dir: str | Path) -> str:
+    """Build the page anew; a page that cannot be written costs a line and not the run.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        ``report: PATH``, or why there is none.
+    """
+    try:
+        return f"report: {write_report(run_dir)}"
+    except OSError as error:
+        return f"warning: report.html not written ({error}); metrics.jsonl has the numbers."
+
+
 def go_on(command: str) -> dict[str, str]:
     """What to type next, from the ``command`` that began the run: its choices, other modes."""
     try:
@@ -280,6 +295,8 @@ def _figure(path: Path, alt: str, draw: Callable[[Path], object]) -> str:
         return plain(f"Not drawn: {error}; `pip install matplotlib` adds the figures.")
     except ValueError:
         return ""
+    except OSError as error:
+        return plain(f"Not drawn: {error}.")
     return picture(path, alt)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shlex
+import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,6 @@ from experiment.checkpoint import (
     load_weights,
     remove_partial_files,
     stored_config,
-    write_atomically,
 )
 from experiment.chosen import Label, choose
 from experiment.config import (
@@ -35,7 +32,8 @@ from experiment.config import (
 )
 from experiment.data import Dataset
 from experiment.errors import RunError
-from experiment.measured import conditioned, measure, refuse_other_data
+from experiment.identity import Identity
+from experiment.measured import conditioned, measure
 from experiment.progress import say
 from experiment.shards import local_rank
 from experiment.snapshots import FOLDER
@@ -68,6 +66,7 @@ CHANGEABLE = (
     "data.root",
     "data.lazy",
     "measured",  # of the data; another set is refused in words of its own
+    "resume",
 )
 
 
@@ -113,6 +112,9 @@ class Run:
             self.build("mode")(self)
         except SamplingError as error:
             raise RunError(str(error)) from error
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise SystemExit(128 + signal.SIGINT) from None
 
     @property
     def path(self) -> Path:
@@ -139,6 +141,8 @@ class Run:
     def seed(self) -> int:
         """Seed of everything random."""
         seed = self.config["seed"]
+        if isinstance(seed, float) and seed.is_integer():
+            seed = int(seed)  # 1e3, as a count may be written
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise RunError(f"seed must be a whole number >= 0 and < 2^63; got seed={seed!r}.")
         return seed
@@ -278,7 +282,7 @@ class Run:
         import fcntl
 
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / "lock", "a+")  # noqa: SIM115
         except OSError as error:
             raise RunError(
@@ -322,55 +326,19 @@ class Run:
                 os.replace(self.path, aside)
             say(f"earlier run moved to {aside}")
 
-    def write_config(self) -> None:
-        """Keep the configuration as ``config.yaml`` and who ran it as ``run.json``.
+    @property
+    def identity(self) -> Identity:
+        """Its configuration and who ran it, as kept in its directory."""
+        return Identity(self.path, self.config, CHANGEABLE)
 
-        Written once there is something to train; a directory without a checkpoint yet, left by a
-        run that was refused, is taken over.
+    def write_config(self) -> None:
+        """Keep the configuration, or hold this one to that of the run that is there.
 
         Raises:
             RunError: If the directory belongs to a run with other choices; they are listed.
         """
-        import yaml
-
-        path = self.path / "config.yaml"
-        if path.exists() and list_checkpoints(self.checkpoints):  # else there is nothing to lose
-            before = yaml.safe_load(path.read_text(encoding="utf-8"))
-            changed = differences(before, self.config, CHANGEABLE)
-            if changed:
-                raise RunError(
-                    f"run directory {self.path} holds a run with other choices "
-                    f"({'; '.join(changed)}); choose another "
-                    "directory with run.name=NAME, or set the earlier run aside with "
-                    "run.fresh=true."
-                )
-            refuse_other_data(self.path, before.get("measured"), self.config.get("measured"))
-            return
-        about = {
-            "name": self.config["run"]["name"],
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join(["python", *sys.argv]),
-            "versions": _versions(),
-            "state": "training",
-        }
-        write_atomically(self.path / "run.json", json.dumps(about, indent=1).encode())
-        text = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
-        write_atomically(path, text.encode())
+        self.identity.write(begun=bool(list_checkpoints(self.checkpoints)))
 
     def set_state(self, state: str) -> None:
         """Note in ``run.json`` how far the run is: training, stopped, finished or failed."""
-        path = self.path / "run.json"
-        about = (
-            json.loads(path.read_text()) if path.exists() else {"name": self.config["run"]["name"]}
-        )
-        write_atomically(path, json.dumps(about | {"state": state}, indent=1).encode())
-
-
-def _versions() -> dict[str, str]:
-    import numpy
-
-    return {
-        "python": sys.version.split()[0],
-        "torch": str(torch.__version__),
-        "numpy": numpy.__version__,
-    }
+        self.identity.set_state(state)

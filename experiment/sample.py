@@ -23,7 +23,7 @@ from experiment.fitted import fitted
 from experiment.measured import as_trained
 from experiment.plane import draw_plane
 from experiment.progress import progress, say
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.seeds import sample_paths
 from experiment.shards import first_alone, gathered, halving, rank, share
@@ -108,7 +108,7 @@ def sample(
         write_atomically(array.with_suffix(".json"), note.encode())
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
-    say(f"report: {write_report(run.path)}")
+    say(renew_report(run.path))
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from types import FrameType
 
 import torch
 
 from experiment.augment import Augmentation, augmentation
 from experiment.batches import Batches
 from experiment.checkpoint import (
+    Saver,
     check_weights,
     list_checkpoints,
     load_newest,
-    save_checkpoint,
+    restoring,
     stored_config,
 )
 from experiment.data import Dataset
@@ -29,7 +28,7 @@ from experiment.ledger import append_evaluation, evaluated
 from experiment.processes import Processes
 from experiment.progress import say
 from experiment.record import Record
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
@@ -37,6 +36,7 @@ from experiment.shards import rank
 from experiment.snapshots import cut_snapshots, save_snapshot
 from experiment.speed import Speed, keep_freed_memory
 from experiment.state import State
+from experiment.stopping import REQUEUE, Stopping
 from experiment.trackers import Tracker
 from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
@@ -49,7 +49,7 @@ from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler, SamplingError
 
 
-def train(run: Run, *, quick_samples: int = 64) -> None:
+def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> None:
     """Train the configured model, evaluate its average on the test set, and write the report.
 
     A run that exists already goes on from its newest checkpoint; if it is finished, this says so.
@@ -57,6 +57,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     Args:
         run: The composed configuration.
         quick_samples: Samples of the grid drawn at each evaluation.
+        requeue_code: Exit code after SIGUSR1, by which a scheduler knows that it goes on.
     """
     if run.config["checkpoint"]:
         raise RunError(
@@ -70,6 +71,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         )
     validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
+    stopping = Stopping(settings.max_seconds, requeue_code)
     likelihood: Likelihood = run.build("likelihood")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
@@ -126,7 +128,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
             return
         trainer = _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples)
         trainer.augment, trainer.size = augment, size
-        trainer.go(state)
+        trainer.go(state, stopping)
 
 
 def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
@@ -145,8 +147,9 @@ def _resume(run: Run, state: State, settings: Training) -> bool:
     if newest is None:
         return False
     path, stored = newest
-    check_weights(state.shapes, stored.get("ema"), path)  # names every difference
-    state.load(stored)
+    check_weights(state.model, stored.get("ema"), path)  # names every difference
+    with restoring(path):
+        state.load(stored)
     say(f"going on from {path}, iteration {state.iteration}")
     planned = stored_config(path, stored).get("training", {}).get("steps", settings.steps)
     if settings.decay and planned != settings.steps:
@@ -177,14 +180,12 @@ class _Trainer:
         self.record = Record(run.path)
         self.config_text = json.dumps(run.config)
         self.began = time.monotonic()
-        self.stop_signal = 0
-        self.evaluating = False
-        self.unsaved = 0
+        self.save = Saver(run.checkpoints)
         self.first = rank() == 0
         self.augment: Augmentation | None = None
         self.size: ModelSize | None = None
 
-    def go(self, state: State) -> None:
+    def go(self, state: State, stopping: Stopping) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
         run = self.run
         if self.first:
@@ -199,7 +200,7 @@ class _Trainer:
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:
-            with _Signals(self):
+            with stopping:
                 done = fit(
                     state,
                     self.data,
@@ -210,11 +211,11 @@ class _Trainer:
                     on_checkpoint=self.checkpoint,
                     on_evaluate=self.glance,
                     on_snapshot=self.snapshot,
-                    should_stop=self.stopping,
+                    should_stop=stopping.wanted,
                     augment=self.augment,
                 )
                 if done:
-                    self.evaluating = True
+                    stopping.saved = True
                     self.evaluate(state)
                     exit_code = 0
             self.became("finished" if done else "stopped")
@@ -222,16 +223,15 @@ class _Trainer:
             self.became("failed" if state.iteration < self.settings.steps else "not evaluated")
             raise
         finally:
-            report = write_report(run.path) if self.first else None
-            self.tracker.finish(128 + self.stop_signal if self.stop_signal else exit_code)
+            report = renew_report(run.path) if self.first else ""
+            self.tracker.finish(stopping.exit_code if stopping.wanted() else exit_code)
         if not done:
-            why = "" if self.stop_signal else f" after {self.settings.max_seconds:g} seconds"
             say(
-                f"stopped{why} at iteration {state.iteration}; the same command goes on from "
-                "there."
+                f"stopped at iteration {state.iteration} by {stopping.reason}; "
+                "the same command goes on from there."
             )
-            raise SystemExit(128 + self.stop_signal if self.stop_signal else 0)
-        say(f"took {time.monotonic() - self.began:.0f} s\nreport: {report}")
+            raise SystemExit(stopping.exit_code)
+        say(f"took {time.monotonic() - self.began:.0f} s\n{report}")
         if self.tracker.describe():
             say(self.tracker.describe())
 
@@ -239,12 +239,6 @@ class _Trainer:
         """Note how far the run is."""
         if self.first:
             self.run.set_state(state)
-
-    def stopping(self) -> int:
-        """Whether to stop: a signal came, or the time is over."""
-        limit = self.settings.max_seconds
-        over = limit is not None and time.monotonic() - self.began > limit
-        return self.stop_signal or int(over)
 
     def log(self, values: dict[str, float], iteration: int) -> None:
         """Metrics to the record and to the tracker."""
@@ -271,21 +265,7 @@ class _Trainer:
         }
         if not self.first:
             return
-        try:
-            save_checkpoint(self.run.checkpoints, state.iteration, contents)
-            self.unsaved = 0
-        except OSError as error:
-            self.unsaved += 1
-            if (
-                not list_checkpoints(self.run.checkpoints)
-                or state.iteration >= self.settings.steps
-                or self.unsaved >= MOST_UNSAVED
-            ):
-                raise
-            say(
-                f"warning: checkpoint at iteration {state.iteration} not written "
-                f"({error}); the one before it stays."
-            )
+        self.save(state.iteration, contents, last=state.iteration >= self.settings.steps)
 
     def snapshot(self, state: State) -> None:
         """Keep the power averages; a full disk costs this snapshot and not the run."""
@@ -309,7 +289,7 @@ class _Trainer:
         except SamplingError as error:  # an early model may be too rough for a solver
             say(f"warning: evaluation at iteration {state.iteration} left out ({error})")
         if self.first:
-            write_report(self.run.path)
+            renew_report(self.run.path)
 
     def evaluate(self, state: State) -> None:
         """Likelihood of the whole test set and samples: the result of the run."""
@@ -361,32 +341,3 @@ class _Trainer:
         )
         if picture is not None:
             self.tracker.image("samples/grid", picture, state.iteration)
-
-
-MOST_UNSAVED = 3  # checkpoints in a row that may fail
-
-
-class _Signals:
-    """SIGTERM, SIGINT and SIGUSR1 finish the step, save and stop; a second one stops at once.
-
-    So does the first during the final evaluation: all is saved then, and the same command does the
-    evaluation again.
-    """
-
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, trainer: _Trainer) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self.handle) for number in self.caught}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal, or leave."""
-        if self.trainer.stop_signal or self.trainer.evaluating:
-            raise SystemExit(128 + number)
-        self.trainer.stop_signal = number

@@ -17,7 +17,7 @@ from experiment.errors import RunError
 from experiment.evaluation import Evaluation, evaluate
 from experiment.measured import as_trained
 from experiment.progress import progress, say
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.settings import UNITS, Likelihood
 from experiment.shards import alone
@@ -67,7 +67,7 @@ def averages(run: Run, *, widths: Sequence[float], max_samples: int = 256) -> No
         write_atomically(record, json.dumps(found, indent=1).encode())
         picture = plot_widths(found, home.path / "figures" / f"{name}.png")
         tracker.image("averages", picture, iteration)
-    say(f"all numbers: {record}\nfigure: {picture}\nreport: {write_report(home.path)}")
+    say(f"all numbers: {record}\nfigure: {picture}\n{renew_report(home.path)}")
 
 
 @dataclass(frozen=True)

@@ -63,14 +63,15 @@ def main(config: DictConfig) -> None:
 
 def report_errors(action: Callable[[], None]) -> None:
     """Run ``action``; tell what the user can mend in one line, the rest with a traceback."""
-    from experiment.errors import EXPECTED, one_line
+    from experiment.errors import EXPECTED
+    from experiment.last_words import last_words
 
     try:
         action()
     except EXPECTED as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(last_words(error))
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from experiment.config import (
     fill_measured,
 )
 from experiment.data import Dataset
-from experiment.errors import RunError
+from experiment.errors import LostError, RunError
 from experiment.progress import say
-from experiment.shards import local_rank
+from experiment.shards import from_first, local_rank, lost, rank
 from score_models import ScoreModel
 from sde_lib import validation
 from sde_lib.samplers import SamplingError
@@ -94,16 +94,35 @@ class Run:
         """Run the chosen mode.
 
         Raises:
-            RunError: If it cannot be done, also where a solver gives up.
+            RunError: If it cannot be done, also where a solver gives up, or another process.
         """
         if self.config["threads"] is not None:
             torch.set_num_threads(
                 validation.count("configuration", "threads", self.config["threads"])
             )
         try:
-            self.build("mode")(self)
+            self.build("mode")(self._agreed())
         except SamplingError as error:
             raise RunError(str(error)) from error
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            raise LostError(error) from error
+
+    def _agreed(self) -> Run:
+        """This run in the directory of the first process: a time in run.name would make several.
+
+        Raises:
+            RunError: If the processes have different configurations.
+        """
+        theirs = from_first(self.config)
+        other = differences(theirs, self.config, ("run", "device", "threads"))
+        if other:
+            raise RunError(
+                f"process {rank()}, on {socket.gethostname()}, was started with other choices "
+                f"than the first ({'; '.join(other)}); start all with the same command."
+            )
+        return replace(self, config={**self.config, "run": theirs["run"]})
 
     @property
     def path(self) -> Path:
@@ -136,10 +155,10 @@ class Run:
         """
         wanted = self.config["device"]
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if wanted == "auto":
-            gpus = there[1:]
+        gpus = there[1:]
+        if wanted == "auto" or (wanted == "cuda" and gpus):
             return torch.device(gpus[local_rank() % len(gpus)] if gpus else "cpu")
-        if wanted in there or (wanted == "cuda" and len(there) > 1):
+        if wanted in there:
             return torch.device(wanted)
         raise RunError(
             f"device={wanted} is not here; there is: {', '.join(there)} (or device=auto)."

@@ -230,6 +230,8 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
     )
     if absent:
         group, choice, options = absent.groups()
+        if group == "hydra/launcher":
+            options += " (others come with pip install 'score-sde[sweep]')"
         return f"unknown {group}={choice}; choose one of {', '.join(options.split())}."
     if "override_grammar" in message or "Config group override must" in message:
         given = " ".join(message.partition("See http")[0].split())

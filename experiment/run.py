@@ -73,12 +73,14 @@ class Run:
         instantiate: Builds the object that one node of the configuration describes.
         overrides: What of it was asked for on the command line, as ``key=value``.
         conf: The folder that it was composed from.
+        job: Its number in a sweep, None outside.
     """
 
     config: Mapping[str, Any]
     instantiate: Callable[[Mapping[str, Any]], Any]
     overrides: Sequence[str] = ()
     conf: Path = Path("conf")
+    job: int | None = None
 
     def __post_init__(self) -> None:
         check_complete(self.config)
@@ -148,7 +150,8 @@ class Run:
         return validation.flag("run", "fresh", self.config["run"]["fresh"])
 
     def device(self) -> torch.device:
-        """The device asked for; ``auto`` is the first GPU if there is one, under torchrun its own.
+        """The device asked for; ``auto`` is the first GPU if there is one, under torchrun and in a
+        sweep one of its own.
 
         Raises:
             RunError: If there is no such device; the message lists those there are.
@@ -157,7 +160,9 @@ class Run:
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         gpus = there[1:]
         if wanted == "auto" or (wanted == "cuda" and gpus):
-            return torch.device(gpus[local_rank() % len(gpus)] if gpus else "cpu")
+            return torch.device(
+                gpus[(local_rank() + (self.job or 0)) % len(gpus)] if gpus else "cpu"
+            )
         if wanted in there:
             return torch.device(wanted)
         raise RunError(
@@ -340,13 +345,17 @@ class Run:
         about = {
             "name": self.config["run"]["name"],
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *self._command()]),
             "versions": _versions(),
             "state": "training",
         }
         write_atomically(self.path / "run.json", json.dumps(about, indent=1).encode())
         text = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
         write_atomically(path, text.encode())
+
+    def _command(self) -> list[str]:
+        """What makes this run alone."""
+        return sys.argv if self.job is None else ["run.py", *self.overrides]
 
     def set_state(self, state: str) -> None:
         """Note in ``run.json`` how far the run is: training, stopped, finished or failed."""

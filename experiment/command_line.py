@@ -48,6 +48,9 @@ def begun(
             sweep = nullcontext()
         else:
             sweep = _sweep(compose, read())
+            # jobs in processes that others start have to find this package
+            paths = str(folder.parent), os.environ.get("PYTHONPATH")
+            os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     except errors as error:
         raise ValueError(explain(str(error), given, known)) from error
     check_added(given, known)
@@ -102,8 +105,14 @@ def act(
     if name != config["run"]["name"]:
         config["run"]["name"] = name
         overrides = [o for o in overrides if not o.startswith("run.name=")] + [f"run.name={name}"]
+    if config["threads"] is None:  # joblib divides them by itself
+        config["threads"] = hydra["launcher"].get("cpus_per_task")
     directory = Path(config["run"]["root"]) / name
-    job.carry_out(lambda: Run(config, instantiate, overrides, conf, about["num"]).go(), directory)
+
+    def go() -> None:
+        Run(config, instantiate, overrides, conf, about["num"]).go()
+
+    job.carry_out(go, config, directory)
 
 
 def report_errors(action: Callable[[], Any]) -> Any:  # noqa: ANN401

@@ -96,7 +96,7 @@ class Job:
         """
         pairs = (override.lstrip("+").partition("=")[::2] for override in self.overrides)
         swept = {key: value for key, value in pairs if key not in self.constant}
-        training = str(config["mode"].get("_target_", "")).endswith(".train")
+        training = _mode(config) == "train"
         out = ("mode", "run.name") if training else ("run.name", *WORK)
         chosen = {
             key: value
@@ -106,18 +106,21 @@ class Job:
         }
         return name if config["checkpoint"] else name + suffix(chosen)
 
-    def carry_out(self, action: Callable[[], None], directory: Path) -> None:
+    def carry_out(
+        self, action: Callable[[], None], config: Mapping[str, Any], directory: Path
+    ) -> None:
         """Do it; however it ends, the other jobs have their turn, but for a signal to stop."""
         choices = " ".join(o for o in self.overrides if o.partition("=")[0] not in self.constant)
         say(f"job {self.number}: {choices} -> {directory}")
         note = {"number": self.number, "choices": choices, "directory": str(directory)}
         # what stands if nothing of this process is left to say otherwise
         self._keep(note | {"result": "died", "good": False})
-        self._keep(note | self._ended(action, directory, note))
+        ended = self._ended(action, note)
+        if ended["good"] and _mode(config) in ("train", "likelihood"):
+            ended["result"] = newest(directory) or ended["result"]
+        self._keep(note | ended)
 
-    def _ended(
-        self, action: Callable[[], None], directory: Path, note: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _ended(self, action: Callable[[], None], note: Mapping[str, Any]) -> dict[str, Any]:
         try:
             action()
         except SystemExit as leaving:
@@ -131,11 +134,15 @@ class Job:
         except Exception as error:  # a mistake of ours: the other jobs need not have it
             traceback.print_exc()
             return {"result": f"failed: {type(error).__name__}", "good": False}
-        return {"result": newest(directory) or "finished", "good": True}
+        return {"result": "finished", "good": True}
 
     def _keep(self, note: Mapping[str, Any]) -> None:
         content = json.dumps(note | {"time": time.time()}, indent=1).encode()
         write_atomically(self.folder / f"job-{self.number:04d}.json", content)
+
+
+def _mode(config: Mapping[str, Any]) -> str:
+    return str(config["mode"].get("_target_")).rpartition(".")[2]
 
 
 class Sweep:
@@ -151,13 +158,9 @@ class Sweep:
 
     def __init__(self, root: Path, overrides: Sequence[Override]) -> None:
         self.folder = root / "sweeps" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        self.constant = [
-            override.get_key_element().lstrip("+~")
-            for override in overrides
-            if not override.is_sweep_override()
-        ]
-        keys = [override.get_key_element() for override in overrides]
-        if "run.root" in {*keys} - {*self.constant}:
+        swept = {o.get_key_element().lstrip("+~"): o.is_sweep_override() for o in overrides}
+        self.constant = [key for key, several in swept.items() if not several]
+        if swept.get("run.root"):
             raise RunError("run.root is one place for a whole sweep; sweep over run.name instead.")
 
     @property

@@ -211,6 +211,8 @@ class _Trainer:
                     on_evaluate=self.glance,
                     should_stop=self.stopping,
                 )
+                if not done:  # the signal may have come to another process
+                    self.stop_signal = state.processes.largest(self.stop_signal)
                 if done:
                     self.evaluating = True
                     self.evaluate(state)

@@ -9,6 +9,7 @@ import torch
 from experiment.batches import trained_units
 from experiment.data import Dataset
 from experiment.fitted import fitted, keep_variance
+from experiment.measured import as_trained
 from experiment.progress import say
 from experiment.run import Run
 from experiment.seeds import stream
@@ -39,6 +40,7 @@ def calibrate(run: Run, *, num_samples: int = NUM_SAMPLES, levels: int = LEVELS)
     levels = validation.count("mode=calibrate", "levels", levels, at_least=2)
     data: Dataset = run.build("data")
     run, model, path, _ = run.trained()
+    data = as_trained(data, run.config)
     variance, kept = calibrated(run, model, data, path, num_samples, levels)
     seen = min(num_samples, len(data.train))
     say(f"analytic variance of {path.name} on {seen} training samples: {kept}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,7 +10,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from experiment.errors import RunError
+from experiment.progress import say
 
 FORMAT, VERSION = "score-sde checkpoint", 1
 NAME = re.compile(r"step-(\d{8})\.pt")
@@ -65,6 +67,48 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
         old.unlink(missing_ok=True)
         _digest_path(old).unlink(missing_ok=True)
     return path
+
+
+class Saver:
+    """Saves the checkpoints of a run; a full disk costs a checkpoint and not the run at once.
+
+    Args:
+        folder: Where they go.
+        patience: How many saves in a row may fail; one more ends the run.
+    """
+
+    def __init__(self, folder: Path, patience: int = 3) -> None:
+        self.folder, self.patience, self.failed = folder, patience, 0
+
+    def __call__(self, iteration: int, state: Mapping[str, Any], *, last: bool = False) -> bool:
+        """Save; with a warning instead if the disk refuses and an earlier checkpoint is there.
+
+        Args:
+            iteration: Iterations done.
+            state: See :func:`save_checkpoint`.
+            last: Whether no later one comes, so that this one has to be written.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            RunError: If the run cannot go on like that.
+        """
+        try:
+            save_checkpoint(self.folder, iteration, state)
+        except OSError as error:
+            self.failed += 1
+            said = f"checkpoint at iteration {iteration} not written ({error})"
+            whole = list_checkpoints(self.folder)
+            if last or not whole or self.failed > self.patience:
+                raise RunError(
+                    f"{said}, the last of {self.failed} in a row; make room on the disk, and the "
+                    f"same command goes on from {whole[-1] if whole else 'the beginning'}."
+                ) from error
+            say(f"warning: {said}; the one before it stays")
+            return False
+        self.failed = 0
+        return True
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
@@ -149,6 +193,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"it has format version {state.get('version')}, this program reads {VERSION}",
             "use the version of score-sde that wrote it",
         )
+    if not isinstance(state.get("iteration"), int) or state["iteration"] < 0:
+        raise CheckpointError(
+            path, f"its iteration is {state.get('iteration')!r}, no whole number >= 0", remedy
+        )
     return state
 
 
@@ -193,14 +241,13 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None, p
     Raises:
         CheckpointError: If they do not fit, see :func:`check_weights`.
     """
-    own = {name: values.shape for name, values in model.state_dict().items()}
-    model.load_state_dict(check_weights(own, weights, path))
+    model.load_state_dict(check_weights(model, weights, path))
 
 
 def check_weights(
-    own: Mapping[str, torch.Size], weights: Mapping[str, torch.Tensor] | None, path: Path
+    model: nn.Module, weights: Mapping[str, torch.Tensor] | None, path: Path
 ) -> Mapping[str, torch.Tensor]:
-    """``weights``, if they fit a model with ``own`` shapes.
+    """``weights``, if they fit ``model``.
 
     Raises:
         CheckpointError: If they do not fit, with every difference of name or shape (the first
@@ -208,12 +255,13 @@ def check_weights(
     """
     if not isinstance(weights, Mapping):
         raise CheckpointError(path, "it holds no weights", "pass a file written by mode=train")
+    own = model.state_dict()
     wrong = [f"{name} missing" for name in own if name not in weights]
     wrong += [f"{name} unknown" for name in weights if name not in own]
     wrong += [
-        f"{name} {tuple(weights[name].shape)} where the model has {tuple(own[name])}"
+        f"{name} {_kind(weights[name])} where the model has {_kind(own[name])}"
         for name in own
-        if name in weights and weights[name].shape != own[name]
+        if name in weights and _kind(weights[name]) != _kind(own[name])
     ]
     if wrong:
         more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
@@ -223,6 +271,35 @@ def check_weights(
             "rebuild with the configuration it was trained with, or choose another run.name",
         )
     return weights
+
+
+def _kind(value: object) -> str:
+    """Shape of a tensor of real numbers; of others the type too, which loading would round to."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    numbers = "" if value.is_floating_point() else f" {value.dtype}"
+    return f"{tuple(value.shape)}{numbers}"
+
+
+@contextlib.contextmanager
+def restoring(path: Path) -> Iterator[None]:
+    """Within it the content of ``path`` is put to use; what is missing there or does not fit is
+    told as damage of that file.
+
+    Raises:
+        CheckpointError: In place of whatever the content provoked.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if isinstance(error, RunError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(
+            path,
+            f"what it holds does not fit this run ({reason})",
+            "use the version of score-sde that wrote it, an older checkpoint, or run.fresh=true",
+        ) from error
 
 
 def _read(path: Path) -> bytes:

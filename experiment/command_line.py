@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.config import check_added, choices, explain, walk
+from experiment.config import check_added, check_choices, choices, explain, walk
 from experiment.errors import EXPECTED, RunError
 from experiment.last_words import last_words
 
@@ -39,7 +39,7 @@ def begun(
     Raises:
         ValueError: If there is no such choice or key, with what was probably meant.
     """
-    groups = choices(folder)
+    groups = check_choices(given, folder) if read is None else choices(folder)
     valid = [o for o in given if o.partition("=")[2] in groups.get(o.partition("=")[0], ())]
     known = [*groups, *(key for key, _ in walk(compose(valid)))]
     try:
@@ -47,7 +47,7 @@ def begun(
             compose([*given])
             sweep = nullcontext()
         else:
-            sweep = _sweep(compose, read())
+            sweep = _sweep(compose, folder, read())
             # jobs in processes that others start have to find this package
             paths = str(folder.parent), os.environ.get("PYTHONPATH")
             os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -58,7 +58,7 @@ def begun(
 
 
 def _sweep(
-    compose: Callable[[list[str]], dict[str, Any]], overrides: Sequence[Override]
+    compose: Callable[[list[str]], dict[str, Any]], folder: Path, overrides: Sequence[Override]
 ) -> AbstractContextManager[object]:
     from experiment.shards import world_size
     from experiment.sweep import Sweep, lines
@@ -68,7 +68,10 @@ def _sweep(
             "the processes of torchrun train one model; start a sweep with python alone, or "
             "torchrun for each of its runs."
         )
-    composed = [compose(line) for line in lines(overrides)]
+    tried = lines(overrides)
+    for line in tried:
+        check_choices(line, folder)
+    composed = [compose(line) for line in tried]
     sweep = Sweep(Path(composed[0]["run"]["root"]), overrides)
     sys.argv += sweep.arguments
     return sweep

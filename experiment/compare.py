@@ -15,8 +15,9 @@ from experiment.compare_figure import TITLES, plot_comparison
 from experiment.contenders import Trial, contenders
 from experiment.data import Dataset
 from experiment.errors import RunError
+from experiment.measured import as_trained
 from experiment.progress import progress, say
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.shards import alone
 from experiment.trackers import Safe
@@ -69,6 +70,7 @@ def compare(
     asked.check(data)
     tracker = Safe(run.build("tracking"))
     run, model, path, iteration = run.trained()
+    data = as_trained(data, run.config)
     bench = Bench.of(run, model, data, path, asked)
     planned = bench.planned(chosen)
     refuse_all([_why(t.name, t.asked, t.refused) for t in planned])
@@ -80,7 +82,7 @@ def compare(
         found = measured(bench.solved(), planned, about, record)
         picture = run.path / "figures" / f"{record.stem}.png"
         tracker.image("compare", plot_comparison(found, picture), iteration)
-    say(f"each interval: {record}\nfigure: {picture}\nreport: {write_report(run.path)}")
+    say(f"each interval: {record}\nfigure: {picture}\n{renew_report(run.path)}")
 
 
 def _refuse_another(run: Run) -> None:

@@ -132,7 +132,8 @@ def differences(
         new: What is asked for.
         ignore: Keys to pass over, with all below them.
 
-    An absent key and ``null`` are the same, so that a later version may add an option.
+    An absent key and ``null`` or ``false`` are the same, so that a later version may add an
+    option that is off.
     """
 
     def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,10 +145,11 @@ def differences(
         }
 
     a, b = leaves(old), leaves(new)
+    off = (None, False)
     return [
         f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
         for k in sorted({*a, *b})
-        if a.get(k) != b.get(k)
+        if a.get(k) != b.get(k) and not (k not in a and b[k] in off or k not in b and a[k] in off)
     ]
 
 
@@ -167,6 +169,10 @@ def refusal(node: Mapping[str, Any], cause: BaseException) -> BaseException:
         node: Its configuration.
         cause: What its constructor, or that of a part of it, raised.
     """
+    absent = re.search(r"'(\w+)' is importable from module '([\w.]+)'", str(cause))
+    if absent:
+        there = sorted(vars(importlib.import_module(absent[2])))
+        return ValueError(f"{absent[2]} has no {absent[1]}{_close(absent[1], there)}")
     if isinstance(cause, ValueError | OSError | ImportError | RuntimeError):
         return cause
     unknown = re.match(r"(\w+)(?:\.__init__)?\(\) got an unexpected keyword", str(cause))
@@ -176,6 +182,26 @@ def refusal(node: Mapping[str, Any], cause: BaseException) -> BaseException:
             taken = inspect.signature(getattr(importlib.import_module(room), name)).parameters
             return ValueError(f"{target}: {cause}; it takes {', '.join(taken) or 'nothing'}.")
     return ValueError(f"{node.get('_target_')}: {cause}")
+
+
+def check_choices(overrides: Iterable[str], folder: Path) -> dict[str, list[str]]:
+    """The groups of a configuration folder and what can be chosen in each.
+
+    Args:
+        overrides: What was chosen.
+        folder: The configuration folder.
+
+    Raises:
+        RunError: If a group has no such choice, listing those there are.
+    """
+    groups = choices(folder)
+    for override in overrides:
+        name, _, value = override.partition("=")
+        group, choice = name.lstrip("+").partition("@")[0], value.strip("'\"")
+        if group not in groups or choice in groups[group]:
+            continue
+        raise RunError(f"unknown {group}={value}; choose one of {', '.join(groups[group])}.")
+    return groups
 
 
 def choices(folder: Path) -> dict[str, list[str]]:
@@ -238,6 +264,10 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
             f"cannot read an override ({given}); write key=value without spaces around the =; "
             "a value with spaces or special characters needs quotes of its own: 'key=\"a value\"'."
         )
+    twice = re.match(r"Multiple values for (\w+)|(\w+) appears more than once", message)
+    if twice:
+        group = twice[1] or twice[2]
+        return f"{group} is chosen already; write {group}=CHOICE without a + before it."
     unknown = re.search(
         r"Key '([^']+)' is not in struct|Could not (?:override|append) '([^']+)'", message
     )
@@ -272,6 +302,11 @@ def check_added(overrides: Iterable[str], known: Iterable[str]) -> None:
                 f"+{key} adds a key that nothing reads; "
                 + (f"there is {', '.join(namesakes)}." if namesakes else _meant(key, known))
             )
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
 
 
 def _key(override: str) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
+from experiment.data.samples import first_rows
 from experiment.progress import say
 from experiment.seeds import stream
 from experiment.settings import Likelihood
@@ -62,7 +63,7 @@ def dequantizer(
     gains = fit_dequantization(
         found,
         one_sample_bound(probability_flow(model.sde, model.score)),
-        data.train.to(device),
+        first_rows(data.train).to(device),
         steps=steps,
         batch_size=min(128, settings.batch_size),
         generator=stream(seed, "dequantizer", 1),

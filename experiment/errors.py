@@ -7,6 +7,7 @@ EXTRAS = {  # others: run
     "wandb_workspaces": "dashboard",
     "tensorboard": "tensorboard",
     "trackio": "trackio",
+    "datasets": "hf",
 }
 PACKAGES = {  # where the name to install is not the name to import
     "hydra": "hydra-core",
@@ -43,4 +44,4 @@ def one_line(error: Exception) -> str:
         return (
             f"this needs the package {package}: pip install 'score-sde[{extra}]', or ./dev setup"
         )
-    return str(error)
+    return " ".join(str(error).split())  # what a library says may take several lines

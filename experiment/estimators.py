@@ -32,6 +32,7 @@ from likelihood.bounds import DiscreteBound
 from likelihood.comparison import RateDistortion
 from score_models import ScoreModel
 from sde_lib import ProbabilityFlow, probability_flow
+from sde_lib.reverse_variance import ReverseVariance
 
 CALIBRATION = 512  # training samples from which the analytic variance is measured
 
@@ -78,6 +79,7 @@ def estimate(
     *,
     seed: int,
     dequantization: Dequantization | None = None,
+    learned: ReverseVariance | None = None,
 ) -> Estimates:
     """ELBO and T-step bounds of the samples that ``ode`` is of.
 
@@ -93,6 +95,7 @@ def estimate(
         ode: The likelihood by the probability flow.
         seed: Of all randomness.
         dequantization: That of ``ode``, where it had to be made.
+        learned: The learned variance of the model, if it has one.
     """
     device, steps = next(model.parameters()).device, settings.bounds
     flow = probability_flow(model.sde, model.score)
@@ -113,6 +116,7 @@ def estimate(
         flow = replace(flow, t_start=float(times[0]))
     last = decoder if centres else DensityDecoder()
     variances = {"posterior": "posterior", "forward": "forward", "analytic": analytic}
+    variances |= {} if learned is None else {"learned": learned}
 
     def solve(rows: range) -> dict[str, Tensor]:
         def streams(purpose: str) -> Any:  # noqa: ANN401

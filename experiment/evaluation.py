@@ -145,7 +145,7 @@ def evaluate(
     settings.check(data)
     device = next(model.parameters()).device
     flow = probability_flow(model.sde, model.score)
-    test = data.test[: settings.max_samples]
+    count = min(settings.max_samples or len(data.test), len(data.test))
     draws = settings.draws if data.levels is not None else 1
     units = units_of(data, settings, dequantization)
     flow = replace(flow, t_start=units.start_time(model.sde))
@@ -155,7 +155,7 @@ def evaluate(
         return log_likelihood(flow, x, solver=solver, divergence=divergence, generator=streams)
 
     def solve(rows: range) -> dict[str, Any]:
-        values = test[rows.start : rows.stop].repeat_interleave(draws, 0)
+        values = data.test[rows.start : rows.stop].repeat_interleave(draws, 0)
         indices = range(rows.start * draws, rows.stop * draws)
         streams = sample_streams(seed, "likelihood", indices, device)
         drawn = units.draw(values.to(device), streams, sde=model.sde)
@@ -170,13 +170,13 @@ def evaluate(
             row["truncation"] = torch.full_like(row["truncation"], math.nan)
         return row | {"failure": failure}
 
-    own = share(len(test))
+    own = share(count)
     starts = range(own.start, own.stop, settings.batch_size)
     parts: list[dict[str, Any]] = []
     for start in progress(starts, description):
         parts += halving(solve, range(start, min(start + settings.batch_size, own.stop)))
         if start == own.start and rank() == 0:
-            foretell(description, (time.monotonic() - began) * (len(starts) - 1), len(test))
+            foretell(description, (time.monotonic() - began) * (len(starts) - 1), count)
     rows = gathered(parts)
     if isinstance(solver, FixedGrid):  # in the basis that the pilot chose
         like = torch.empty(1, *data.shape, device=device)

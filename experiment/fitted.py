@@ -14,7 +14,7 @@ from torch import Tensor
 from experiment.checkpoint import write_atomically
 from experiment.errors import RunError
 from experiment.progress import say
-from experiment.variance_heads import kept_head
+from experiment.variance_heads import kept_head, learned_variance
 from score_models import ScoreModel
 from sde_lib.grids import FittedGrid
 from sde_lib.reverse_variance import VARIANCES, AnalyticVariance, ReverseVariance
@@ -51,7 +51,7 @@ def fitted(
     if sampler.wanted:
         return sampler.given(
             {
-                name: _variance_of(name, sampler, drawn_by or model, checkpoint, folder)
+                name: _variance_of(name, sampler, drawn_by or model, like, checkpoint, folder)
                 for name in sampler.wanted
             }
         )
@@ -76,11 +76,14 @@ def _fit(content: dict[str, Any]) -> Fit:
 
 
 def _variance_of(
-    name: str, sampler: Sampler, model: ScoreModel, checkpoint: Path, folder: Path
+    name: str, sampler: Sampler, model: ScoreModel, like: Tensor, checkpoint: Path, folder: Path
 ) -> ReverseVariance:
     """The variance of this name as it was found before."""
     if name == "analytic":
         variance = kept_variance(checkpoint, folder)
+    elif name == "learned":
+        shape = tuple(like.shape[1:])
+        variance = learned_variance(checkpoint, digest_of(checkpoint), folder, model, shape)
     else:
         variance = kept_head(name, digest_of(checkpoint), folder, model)
     if variance is None:

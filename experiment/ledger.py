@@ -14,6 +14,7 @@ from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.evaluation import UNITS, Evaluation
 from experiment.settings import Likelihood, units_of
+from experiment.side_files import read_json
 from score_models import ScoreModel
 
 
@@ -41,7 +42,7 @@ def is_own(row: Mapping[str, Any]) -> bool:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text()) if path.exists() else []
+    return [row for row in read_json(path, list) if isinstance(row, dict)]
 
 
 def _dequantized(data: Dataset, settings: Likelihood) -> str:

@@ -12,14 +12,17 @@ from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import evaluate, show
+from experiment.fitted import digest_of
 from experiment.ledger import append_evaluation, keep_samples
+from experiment.measured import as_trained
 from experiment.progress import say
 from experiment.record import Record
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, rank
 from experiment.trackers.first_process import in_first_process
+from experiment.variance_heads import learned_variance
 from sde_lib.samplers import SamplingError
 
 
@@ -36,6 +39,7 @@ def likelihood(run: Run) -> None:
     data: Dataset = run.build("data")
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    data = as_trained(data, run.config)
     settings.check(data, on_centres=not run.config["training"].get("dequantize", True))
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
@@ -53,11 +57,12 @@ def likelihood(run: Run) -> None:
                 )
                 values = keep_samples(run.path, result, label + part, run.seed)
                 say(f"each sample: {values}")
-            bounds = (
-                estimate(model, data, settings, result, seed=run.seed, dequantization=made)
-                if settings.bounds
-                else None
-            )
+            bounds = None
+            if settings.bounds:
+                weights, heads = digest_of(path), run.path / "fitted"
+                learned = learned_variance(path, weights, heads, model, data.shape)
+                more = {"dequantization": made, "learned": learned}
+                bounds = estimate(model, data, settings, result, seed=run.seed, **more)
         except SamplingError as error:
             raise _kept(error, run.path, label) from error
         if rank() > 0:
@@ -69,7 +74,7 @@ def likelihood(run: Run) -> None:
         if own:  # the record and its views are those of this run's training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
-    say(f"report: {write_report(run.path)}")
+    say(renew_report(run.path))
 
 
 def _kept(error: SamplingError, folder: Path, label: str) -> RunError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiment.data import Dataset
+from experiment.data.samples import first_rows
 from experiment.figures import plot_density, plot_path
 from experiment.plane_figures import Extent
 from experiment.way import Frame, labels
@@ -19,6 +20,7 @@ from sde_lib import probability_flow
 # sigma / alpha at which the score field is drawn: small, and smooth enough to see
 SHOWN_NOISE = 0.1
 PANELS = 6  # of the way from noise to samples
+SHOWN = 10_000  # test points at most
 DRAWN = 400  # points in each
 # points along a side; each costs a likelihood, so that twice as many take four times as long
 RESOLUTION = 64
@@ -52,7 +54,7 @@ def draw_plane(
         return model.score(units.encode(values).to(device), time).cpu() / units.scale
 
     generator = torch.Generator().manual_seed(0)
-    encoded = data.units.encode(data.test, generator)
+    encoded = data.units.encode(first_rows(data.test, SHOWN), generator)
     test, samples = units.decode(encoded), units.decode(way[-1].x.cpu())
     picture = folder / f"density-{name}.png"
     plot_density(

@@ -77,8 +77,9 @@ def progress(work: Iterable[T] | int, description: str) -> Progress[T]:
 def say(text: str) -> None:
     """Print ``text`` as a line of its own: a bar on the terminal makes room and comes back.
 
-    A reader that has gone (``| head``) or a closed stdout costs the line and not the run. Of
-    several processes only the first speaks.
+    A reader that has gone (``| head``), a closed stdout or a full disk behind it costs the line
+    and not the run; a letter that the terminal does not have becomes a question mark.
+    Of several processes only the first speaks.
     """
     if _one_of_many():
         return
@@ -90,13 +91,18 @@ def say(text: str) -> None:
         room = contextlib.nullcontext()
     try:
         with room:
-            print(text, flush=True)
-    except BrokenPipeError:
+            print(_shown(text), flush=True)
+    except OSError:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _one_of_many() -> bool:
     return os.environ.get("RANK", "0") != "0"
+
+
+def _shown(text: str) -> str:
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def _watched() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -10,20 +11,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from experiment.progress import say
 from sde_lib.validation import count
 
 ITERATION = "train/iteration"
 TIME = "time"
 NONFINITE = "nonfinite"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room, no quota, a limit of the shell's
 
 
 class Record:
     """Appends rows to ``metrics.jsonl``; every tracker and figure is a view of this file.
 
     A row is one line and one write, so a run that is killed loses at most the line it was
-    writing. JSON has no NaN and no infinity: such a value is stored as ``null`` and spelled out
-    under ``"nonfinite"`` (``{"train/loss": null, "nonfinite": {"train/loss": "nan"}}``); ``read``
-    turns it back into a float.
+    writing. Rows for which the disk has no room wait for the next one, up to ``PATIENCE``.
+
+    JSON has no NaN and no infinity: such a value is stored as ``null`` and spelled out under
+    ``"nonfinite"`` (``{"train/loss": null, "nonfinite": {"train/loss": "nan"}}``); ``read`` turns
+    it back into a float.
 
     Args:
         run_dir: Directory of the run; made if it is not there.
@@ -31,11 +36,13 @@ class Record:
 
     FILE = "metrics.jsonl"
     ORPHANED = "metrics.jsonl.orphaned"
+    PATIENCE = 1000
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.path = self.run_dir / self.FILE
+        self._waiting: list[bytes] = []
 
     def log(self, values: Mapping[str, float], iteration: int) -> None:
         """Append one row and hand it to the operating system before returning.
@@ -47,12 +54,21 @@ class Record:
 
         Raises:
             ValueError: If a value is no number or the iteration no whole number >= 0.
-            OSError: If the disk refuses the line.
+            OSError: If the file cannot be written, or the disk was full for too many lines.
         """
         count("Record.log", "iteration", iteration, at_least=0)
         row = {name: _number(name, value) for name, value in values.items()}
         row |= {ITERATION: int(iteration), TIME: time.time()}
-        _append(self.path, _encode(row))
+        self._waiting.append(_encode(row))
+        try:
+            while self._waiting:
+                _append(self.path, self._waiting[0])
+                self._waiting.pop(0)
+        except OSError as error:
+            if error.errno not in FULL or len(self._waiting) > self.PATIENCE:
+                raise
+            if len(self._waiting) == 1:
+                say(f"warning: {self.path}: {error.strerror}; its lines wait for room")
 
     def cut(self, iteration: int) -> int:
         """Drop what a resumed run is going to write again, and what a crash left half written.
@@ -129,11 +145,17 @@ def _stands(line: bytes, iteration: int) -> bool:
 
 def _append(path: Path, line: bytes) -> None:
     """One write a line; behind a torn line it starts a fresh one."""
-    with open(path, "ab+") as file:
-        if file.tell() > 0:
+    with open(path, "ab+", buffering=0) as file:
+        end = file.tell()
+        if end > 0:
             file.seek(-1, os.SEEK_END)
             line = line if file.read(1) == b"\n" else b"\n" + line
-        file.write(line + b"\n")
+        try:
+            if file.write(line + b"\n") <= len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)  # half a line would be one more to repair
+            raise
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from experiment import figures
 from experiment.canvas import write_picture
+from experiment.diagnose_page import diagnosis
 from experiment.exhibits import comparison, samples
 from experiment.ledger import is_own
 from experiment.page import is_number, load, page, picture, plain
@@ -40,8 +41,8 @@ def write_report(run_dir: str | Path) -> Path:
 
     Read: ``metrics.jsonl``, ``config.yaml``, ``run.json`` (name, created, command, versions,
     state; optionally entropy), ``likelihood.json`` (a list of evaluations; each may carry the
-    entropy of the data), and of ``samples/``, ``figures/`` and ``compare/`` what
-    :mod:`experiment.exhibits` says.
+    entropy of the data), ``diagnose.json``, and of ``samples/``, ``figures/`` and ``compare/``
+    what :mod:`experiment.exhibits` says.
     Written: ``report.html`` and in ``figures/``: ``loss.png``, ``bits.png``, ``information.png``,
     ``rate-distortion.png``. Pictures are embedded; the page loads nothing and runs no script.
 
@@ -84,6 +85,7 @@ def write_report(run_dir: str | Path) -> Path:
         "Likelihood": bits or plain("No evaluation yet."),
         "Where the bits are": _information(run_dir, evaluations),
         "Three estimates of one likelihood": _bounds(run_dir, evaluations),
+        "What the data ask for": diagnosis(run_dir),
         "Training loss": loss or plain("No loss logged yet."),
         "All evaluations": _table(evaluations),
         "How to go on": _commands(str(about.get("command") or "")),
@@ -103,6 +105,21 @@ def write_report(run_dir: str | Path) -> Path:
     )
 
 
+def renew_report(run_dir: str | Path) -> str:
+    """Build the page anew; a page that cannot be written costs a line and not the run.
+
+    Args:
+        run_dir: Directory of the run.
+
+    Returns:
+        ``report: PATH``, or why there is none.
+    """
+    try:
+        return f"report: {write_report(run_dir)}"
+    except OSError as error:
+        return f"warning: report.html not written ({error}); metrics.jsonl has the numbers."
+
+
 def go_on(command: str) -> dict[str, str]:
     """What to type next, from the ``command`` that began the run: its choices, other modes."""
     try:
@@ -119,6 +136,7 @@ def go_on(command: str) -> dict[str, str]:
         "Samples of the newest checkpoint": f"{base} mode=sample",
         "Samplers of it compared, by what they cost": f"{base} mode=compare",
         "What sampler=analytic_ddpm and its like want to know of it": f"{base} mode=calibrate",
+        "What the data ask for, and where in the noise it errs": f"{base} mode=diagnose",
     }
 
 
@@ -276,6 +294,8 @@ def _figure(path: Path, alt: str, draw: Callable[[Path], object]) -> str:
         return plain(f"Not drawn: {error}; `pip install matplotlib` adds the figures.")
     except ValueError:
         return ""
+    except OSError as error:
+        return plain(f"Not drawn: {error}.")
     return picture(path, alt)
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import shlex
+import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +21,6 @@ from experiment.checkpoint import (
     load_weights,
     remove_partial_files,
     stored_config,
-    write_atomically,
 )
 from experiment.config import (
     asked_for,
@@ -34,6 +31,8 @@ from experiment.config import (
 )
 from experiment.data import Dataset
 from experiment.errors import LostError, RunError
+from experiment.identity import Identity
+from experiment.measured import conditioned, measure
 from experiment.progress import say
 from experiment.shards import from_first, local_rank, lost, rank
 from score_models import ScoreModel
@@ -61,6 +60,9 @@ CHANGEABLE = (
     "training.max_seconds",
     "experiment",
     "data.root",
+    "data.lazy",
+    "measured",  # of the data; another set is refused in words of its own
+    "resume",
 )
 
 
@@ -110,6 +112,9 @@ class Run:
             if not lost(error):
                 raise
             raise LostError(error) from error
+        except KeyboardInterrupt:
+            say("interrupted")
+            raise SystemExit(128 + signal.SIGINT) from None
 
     def _agreed(self) -> Run:
         """This run in the directory of the first process: a time in run.name would make several.
@@ -140,6 +145,8 @@ class Run:
     def seed(self) -> int:
         """Seed of everything random."""
         seed = self.config["seed"]
+        if isinstance(seed, float) and seed.is_integer():
+            seed = int(seed)  # 1e3, as a count may be written
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise RunError(f"seed must be a whole number >= 0 and < 2^63; got seed={seed!r}.")
         return seed
@@ -178,13 +185,16 @@ class Run:
         return ScoreModel(self.build("network"), self.build("sde"), self.build("parameterization"))
 
     def measured(self, data: Dataset) -> Run:
-        """This run with what the data decide filled in: shape and spread of a sample."""
-        probe = torch.Generator().manual_seed(0)
-        values = data.units.encode(data.train[:4096], probe)
-        std = float(f"{values.std(correction=0):.6g}")
-        return replace(
-            self, config=fill_measured(self.config, shape=list(data.shape), data_std=std)
-        )
+        """This run with what the data decide filled in: shape, spread and condition of a sample,
+        the units of continuous data, and what tells the set from another one.
+
+        Raises:
+            RunError: If the data come with conditions and the network takes none.
+        """
+        found = measure(data)
+        config = fill_measured(self.config, shape=list(data.shape), data_std=found.std)
+        config["network"] = conditioned(config["network"], data)
+        return replace(self, config=config | {"measured": found.as_node()})
 
     def trained(self) -> tuple[Run, ScoreModel, Path, int]:
         """The run, the EMA model, the file and the iteration of the newest checkpoint, or of
@@ -209,7 +219,9 @@ class Run:
             measured = {
                 "shape": parts["network"].get("shape"),
                 "data_std": parts["parameterization"].get("data_std"),
+                "cond": parts["network"].get("cond"),
             }
+            measured_data = stored.get("measured")
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 path, f"its configuration lacks {error}", "pass a file written by mode=train"
@@ -232,6 +244,7 @@ class Run:
                 "leave these out, or train with them",
             )
         kept = {**parts, "training": training, "run": self._home(path)}
+        kept["measured"] = measured_data
         run = replace(self, config={**self.config, **kept})
         model = run.build_model()
         load_weights(model, state.get("ema"), path)
@@ -275,7 +288,7 @@ class Run:
         import fcntl
 
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / "lock", "a+")  # noqa: SIM115
         except OSError as error:
             raise RunError(
@@ -318,59 +331,20 @@ class Run:
                 os.replace(self.path, aside)
             say(f"earlier run moved to {aside}")
 
-    def write_config(self) -> None:
-        """Keep the configuration as ``config.yaml`` and who ran it as ``run.json``.
+    @property
+    def identity(self) -> Identity:
+        """Its configuration and who ran it, as kept in its directory."""
+        alone = None if self.job is None else ["run.py", *self.overrides]
+        return Identity(self.path, self.config, CHANGEABLE, alone)
 
-        Written once there is something to train; a directory without a checkpoint yet, left by a
-        run that was refused, is taken over.
+    def write_config(self) -> None:
+        """Keep the configuration, or hold this one to that of the run that is there.
 
         Raises:
             RunError: If the directory belongs to a run with other choices; they are listed.
         """
-        import yaml
-
-        path = self.path / "config.yaml"
-        if path.exists() and list_checkpoints(self.checkpoints):  # else there is nothing to lose
-            changed = differences(
-                yaml.safe_load(path.read_text(encoding="utf-8")), self.config, CHANGEABLE
-            )
-            if changed:
-                raise RunError(
-                    f"run directory {self.path} holds a run with other choices "
-                    f"({'; '.join(changed)}); choose another "
-                    "directory with run.name=NAME, or set the earlier run aside with "
-                    "run.fresh=true."
-                )
-            return
-        about = {
-            "name": self.config["run"]["name"],
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": shlex.join(["python", *self._command()]),
-            "versions": _versions(),
-            "state": "training",
-        }
-        write_atomically(self.path / "run.json", json.dumps(about, indent=1).encode())
-        text = yaml.safe_dump(dict(self.config), sort_keys=False, allow_unicode=True)
-        write_atomically(path, text.encode())
-
-    def _command(self) -> list[str]:
-        """What makes this run alone."""
-        return sys.argv if self.job is None else ["run.py", *self.overrides]
+        self.identity.write(begun=bool(list_checkpoints(self.checkpoints)))
 
     def set_state(self, state: str) -> None:
         """Note in ``run.json`` how far the run is: training, stopped, finished or failed."""
-        path = self.path / "run.json"
-        about = (
-            json.loads(path.read_text()) if path.exists() else {"name": self.config["run"]["name"]}
-        )
-        write_atomically(path, json.dumps(about | {"state": state}, indent=1).encode())
-
-
-def _versions() -> dict[str, str]:
-    import numpy
-
-    return {
-        "python": sys.version.split()[0],
-        "torch": str(torch.__version__),
-        "numpy": numpy.__version__,
-    }
+        self.identity.set_state(state)

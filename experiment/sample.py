@@ -20,9 +20,10 @@ from experiment.config import choices
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.fitted import fitted
+from experiment.measured import as_trained
 from experiment.plane import draw_plane
 from experiment.progress import progress, say
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.seeds import sample_paths
 from experiment.shards import first_alone, gathered, halving, rank, share
@@ -74,6 +75,7 @@ def sample(
     data: Dataset = run.build("data")
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    data = as_trained(data, run.config)
     sampler.check(model.sde)
     quick = faster(model, precision=precision, compile=compile)
     like, place = torch.zeros(1, *data.shape, device=run.device()), run.path / "fitted"
@@ -105,7 +107,7 @@ def sample(
         write_atomically(array.with_suffix(".json"), note.encode())
         if picture is not None:
             tracker.image("samples/grid", picture, iteration)
-    say(f"report: {write_report(run.path)}")
+    say(renew_report(run.path))
 
 
 @dataclass(frozen=True)
@@ -284,5 +286,5 @@ def to_bytes(values: Tensor, data: Dataset) -> Tensor:
     """Images in data units as grey values 0..255, uint8."""
     if data.levels is not None:
         return (values.float() * (255 / (data.levels - 1))).round().to(torch.uint8)
-    low, high = data.train.min(), data.train.max()
+    low, high = data.range
     return ((values - low) / (high - low) * 255).round().clamp(0, 255).to(torch.uint8)

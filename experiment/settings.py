@@ -12,6 +12,7 @@ from torch import Tensor
 from experiment import metrics
 from experiment.batches import trained_units
 from experiment.data import Dataset
+from experiment.data.samples import first_rows
 from experiment.progress import say
 from likelihood import (
     Basis,
@@ -168,7 +169,8 @@ def chosen(
     divergence = settings.divergence or suited(data.shape)
 
     def train() -> Tensor:
-        return data.units.encode(data.train[:20_000], torch.Generator().manual_seed(0))
+        some = first_rows(data.train, 20_000)
+        return data.units.encode(some, torch.Generator().manual_seed(0))
 
     basis = BASES[settings.basis](data.shape, train)
     if basis is not None:

@@ -82,11 +82,6 @@ class State:
         return self.trained.objective
 
     @property
-    def shapes(self) -> dict[str, torch.Size]:
-        """Of all tensors of the model."""
-        return {name: values.shape for name, values in self.model.state_dict().items()}
-
-    @property
     def ema(self) -> ScoreModel:
         """The first average, whole, in evaluation mode; all processes have to ask."""
         return self.average(0).model
@@ -147,6 +142,7 @@ class State:
             "model": trained["model"],
             "ema": averages[0]["model"],
             "objective": trained["objective"],
+            "objective_ema": averages[0]["objective"],
             "averages": {
                 average.profile.name: stored
                 for average, stored in zip(self.averages, averages, strict=True)
@@ -225,4 +221,5 @@ class State:
             number: {name: self.processes.part(v, likes[number]) for name, v in values.items()}
             for number, values in state["state"].items()
         }
-        self.optimizer.load_state_dict({**state, "state": parts})
+        own = self.optimizer.state_dict()["param_groups"]  # the numbers of this run's settings
+        self.optimizer.load_state_dict({"state": parts, "param_groups": own})

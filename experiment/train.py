@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
 import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
+from experiment.augment import Augmentation, augmentation
 from experiment.batches import Batches
 from experiment.checkpoint import (
+    Saver,
     check_weights,
     list_checkpoints,
     load_checkpoint,
     load_newest,
-    save_checkpoint,
+    restoring,
     stored_config,
 )
 from experiment.data import Dataset
@@ -32,24 +32,27 @@ from experiment.ledger import append_evaluation, evaluated
 from experiment.processes import Processes
 from experiment.progress import say
 from experiment.record import Record
-from experiment.report import write_report
+from experiment.report import renew_report
 from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, from_first, in_first, rank
 from experiment.speed import Speed, keep_freed_memory
 from experiment.state import State
+from experiment.stopping import REQUEUE, Stopping
 from experiment.trackers import Tracker
 from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
 from likelihood import Dequantization
 from score_models import Objective, ScoreModel
+from score_models.acceleration import PRECISIONS
+from score_models.model_size import ModelSize, describe
 from sde_lib import validation
 from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler, SamplingError
 
 
-def train(run: Run, *, quick_samples: int = 64) -> None:
+def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> None:
     """Train the configured model, evaluate its average on the test set, and write the report.
 
     A run that exists already goes on from its newest checkpoint; if it is finished, this says so.
@@ -57,6 +60,7 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
     Args:
         run: The composed configuration.
         quick_samples: Samples of the grid drawn at each evaluation.
+        requeue_code: Exit code after SIGUSR1, by which a scheduler knows that it goes on.
     """
     if run.config["checkpoint"]:
         raise RunError(
@@ -65,24 +69,34 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
         )
     validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
+    stopping = Stopping(settings.max_seconds, requeue_code)
     likelihood: Likelihood = run.build("likelihood")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
     likelihood.check(data, on_centres=not settings.dequantize)
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
+    augment = augmentation(run, data)
     speed: Speed = run.build("speed")
     processes: Processes = run.build("distributed")
     processes.share(settings.batch_size)  # refuses a batch that is too small
     if run.device().type == "cpu":
         keep_freed_memory()
-    model, objective = _seeded(run)
+    model, objective = _seeded(run, data)
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(
             f"variance={name} is found out about a trained model; train with another sampler, "
             f"then run {VARIANCES[name].mode} and mode=sample with this one."
         )
+    rows = -(-len(processes.share(settings.batch_size)) // speed.accumulate)
+    size = describe(
+        model.network,
+        data.shape,
+        rows,
+        averages=len(settings.profiles),
+        dtype=PRECISIONS[speed.precision],
+    )
     processes.join()
     tracker = in_first_process(lambda: run.build("tracking"))
     with ExitStack() as held:
@@ -105,13 +119,19 @@ def train(run: Run, *, quick_samples: int = 64) -> None:
                 "run.fresh=true starts over."
             )
             return
-        _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples).go(state)
+        trainer = _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples)
+        trainer.augment, trainer.size = augment, size
+        trainer.go(state, stopping)
 
 
-def _seeded(run: Run) -> tuple[ScoreModel, Objective]:
+def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     """Model and objective with weights that depend on the seed alone."""
     torch.manual_seed(run.seed)
-    return run.build_model().to(run.device()), run.build("objective")
+    model, objective = run.build_model().to(run.device()), run.build("objective")
+    some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
+    cond = None if data.cond is None else data.train_cond[:2].to(run.device())
+    objective.prepare(model, some, cond)
+    return model, objective
 
 
 def _own(run: Run, held: ExitStack) -> None:
@@ -147,8 +167,9 @@ def _resume(run: Run, state: State, settings: Training) -> bool:
     if newest is None:
         return False
     path, stored = newest
-    check_weights(state.shapes, stored.get("ema"), path)  # names every difference
-    state.load(stored)
+    check_weights(state.model, stored.get("ema"), path)  # names every difference
+    with restoring(path):
+        state.load(stored)
     say(f"going on from {path}, iteration {state.iteration}")
     planned = stored_config(path, stored).get("training", {}).get("steps", settings.steps)
     if settings.decay and planned != settings.steps:
@@ -179,27 +200,26 @@ class _Trainer:
         self.record = Record(run.path)
         self.config_text = json.dumps(run.config)
         self.began = time.monotonic()
-        self.stop_signal = 0
-        self.evaluating = False
-        self.unsaved = 0
+        self.save = Saver(run.checkpoints)
         self.first = rank() == 0
+        self.augment: Augmentation | None = None
+        self.size: ModelSize | None = None
 
-    def go(self, state: State) -> None:
+    def go(self, state: State, stopping: Stopping) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look."""
         run = self.run
         if self.first:
             self.record.cut(state.iteration)
         name = run.config["run"]["name"]
-        weights = sum(p.numel() for p in state.model.parameters())
         say(
-            f"{name}: {len(self.data.train)} training samples of shape "
-            f"{self.data.shape}, {weights:,} weights, "
+            f"{name}: {len(self.data.train)} training samples of shape {self.data.shape}, "
             f"{self.settings.steps} iterations on {run.device()}"
         )
+        say(str(self.size))
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:
-            with _Signals(self):
+            with stopping:
                 done = fit(
                     state,
                     self.data,
@@ -209,12 +229,13 @@ class _Trainer:
                     on_log=self.log,
                     on_checkpoint=self.checkpoint,
                     on_evaluate=self.glance,
-                    should_stop=self.stopping,
+                    should_stop=stopping.wanted,
+                    augment=self.augment,
                 )
                 if not done:  # the signal may have come to another process
-                    self.stop_signal = state.processes.largest(self.stop_signal)
+                    stopping.signal = state.processes.largest(stopping.signal)
                 if done:
-                    self.evaluating = True
+                    stopping.saved = True
                     self.evaluate(state)
                     exit_code = 0
             self.became("finished" if done else "stopped")
@@ -222,16 +243,15 @@ class _Trainer:
             self.became("failed" if state.iteration < self.settings.steps else "not evaluated")
             raise
         finally:
-            report = write_report(run.path) if self.first else None
-            self.tracker.finish(128 + self.stop_signal if self.stop_signal else exit_code)
+            report = renew_report(run.path) if self.first else ""
+            self.tracker.finish(stopping.exit_code if stopping.wanted() else exit_code)
         if not done:
-            why = "" if self.stop_signal else f" after {self.settings.max_seconds:g} seconds"
             say(
-                f"stopped{why} at iteration {state.iteration}; the same command goes on from "
-                "there."
+                f"stopped at iteration {state.iteration} by {stopping.reason}; "
+                "the same command goes on from there."
             )
-            raise SystemExit(128 + self.stop_signal if self.stop_signal else 0)
-        say(f"took {time.monotonic() - self.began:.0f} s\nreport: {report}")
+            raise SystemExit(stopping.exit_code)
+        say(f"took {time.monotonic() - self.began:.0f} s\n{report}")
         if self.tracker.describe():
             say(self.tracker.describe())
 
@@ -239,12 +259,6 @@ class _Trainer:
         """Note how far the run is."""
         if self.first:
             self.run.set_state(state)
-
-    def stopping(self) -> int:
-        """Whether to stop: a signal came, or the time is over."""
-        limit = self.settings.max_seconds
-        over = limit is not None and time.monotonic() - self.began > limit
-        return self.stop_signal or int(over)
 
     def log(self, values: dict[str, float], iteration: int) -> None:
         """Metrics to the record and to the tracker."""
@@ -271,21 +285,7 @@ class _Trainer:
         }
         if not self.first:
             return
-        try:
-            save_checkpoint(self.run.checkpoints, state.iteration, contents)
-            self.unsaved = 0
-        except OSError as error:
-            self.unsaved += 1
-            if (
-                not list_checkpoints(self.run.checkpoints)
-                or state.iteration >= self.settings.steps
-                or self.unsaved >= MOST_UNSAVED
-            ):
-                raise
-            say(
-                f"warning: checkpoint at iteration {state.iteration} not written "
-                f"({error}); the one before it stays."
-            )
+        self.save(state.iteration, contents, last=state.iteration >= self.settings.steps)
 
     def glance(self, state: State) -> None:
         """A point of the curve: likelihood of a part of the test set, samples; never fatal."""
@@ -295,7 +295,7 @@ class _Trainer:
             self.draw(state)
         except SamplingError as error:  # an early model may be too rough for a solver
             say(f"warning: evaluation at iteration {state.iteration} left out ({error})")
-        in_first(lambda: write_report(self.run.path))  # within an iteration the others wait less
+        in_first(lambda: renew_report(self.run.path))  # within an iteration the others wait less
 
     def evaluate(self, state: State) -> None:
         """Likelihood of the whole test set and samples: the result of the run."""
@@ -348,32 +348,3 @@ class _Trainer:
         )
         if picture is not None:
             self.tracker.image("samples/grid", picture, state.iteration)
-
-
-MOST_UNSAVED = 3  # checkpoints in a row that may fail
-
-
-class _Signals:
-    """SIGTERM, SIGINT and SIGUSR1 finish the step, save and stop; a second one stops at once.
-
-    So does the first during the final evaluation: all is saved then, and the same command does the
-    evaluation again.
-    """
-
-    caught = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self, trainer: _Trainer) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.before = {number: signal.signal(number, self.handle) for number in self.caught}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal, or leave."""
-        if self.trainer.stop_signal or self.trainer.evaluating:
-            raise SystemExit(128 + number)
-        self.trainer.stop_signal = number

@@ -15,6 +15,7 @@ from experiment.calibrate import calibrated
 from experiment.data import Dataset
 from experiment.estimators import bound_times
 from experiment.fitted import digest_of, kept_variance
+from experiment.measured import as_trained
 from experiment.progress import progress, say
 from experiment.run import Run
 from experiment.seeds import sample_streams, stream
@@ -82,6 +83,7 @@ def train_variance(
     data: Dataset = run.build("data")
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run, model, checkpoint, _ = run.trained()
+    data = as_trained(data, run.config)
     weights, folder = digest_of(checkpoint), run.path / "fitted"
     path, half_way = (at(kind, weights, folder) for at in (head_path, unfinished_path))
     there = None if fresh else read_head(path, kind, weights)

@@ -236,7 +236,8 @@ class _Step:
         norm, skip = state.update(loss, self.settings.lr_at(iteration), self.settings.clip)
         if self.observes:
             rows = state.processes.rows
-            draws = {name: rows(values, size) for name, values in batch.draws.items()}
+            numbers = {k: v for k, v in batch.draws.items() if v.ndim == 1}  # not the noise
+            draws = {name: rows(values, size) for name, values in numbers.items()}
             state.objective.observe(draws, rows(losses, size))
         return loss, norm, skip
 

@@ -1,4 +1,4 @@
-"""Variance heads on disk: trained for one model, kept by the digest of its weights."""
+"""Variance heads on disk: trained for one model, kept by the digest of its weights, or with it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.checkpoint import write_atomically
+from experiment.checkpoint import load_checkpoint, write_atomically
 from experiment.errors import RunError
 from score_models import ScoreModel
-from score_models.variance_head import VarianceHead
-from score_models.variance_kinds import KINDS, HeadKind
+from score_models.variance_head import VarianceHead, head_of
+from score_models.variance_kinds import KINDS, HeadKind, interpolated_variance
 from sde_lib import validation
 from sde_lib.reverse_variance import AnalyticVariance
 from sde_lib.state_variance import StateVariance
@@ -74,11 +74,8 @@ def new_head(model: ScoreModel, shape: tuple[int, ...], settings: HeadSettings) 
     Raises:
         ValueError: If its network has no features.
     """
-    device = next(model.parameters()).device
-    level = torch.tensor(model.sde.t_max, dtype=torch.float64, device=device)
-    features = model.features(torch.zeros(1, *shape, device=device), level)
-    head = VarianceHead(tuple(features.shape[1:]), shape, settings.width, settings.blocks)
-    return head.to(device)
+    x0 = torch.zeros(1, *shape, device=next(model.parameters()).device)
+    return head_of(model, x0, None, settings.width, settings.blocks)
 
 
 def head_path(kind: str, weights: str, folder: Path) -> Path:
@@ -220,6 +217,40 @@ def kept_head(name: str, weights: str, folder: Path, model: ScoreModel) -> State
         return None
     head = stored.head.to(next(model.parameters()).device)
     return variance_of_head(model, head, stored.settings, stored.analytic)
+
+
+OBJECTIVE = "objective_ema"  # of a checkpoint: the averaged state of an objective with weights
+JOINT = "variance.head."  # in the names of that state: a head that was trained with the network
+
+
+def learned_variance(
+    checkpoint: Path, weights: str, folder: Path, model: ScoreModel, shape: tuple[int, ...]
+) -> StateVariance | None:
+    """The learned variance of a model: by mode=train_variance, or else by the objective that the
+    model itself was trained with; None where there is neither.
+
+    Args:
+        checkpoint: Of ``model``.
+        weights: Its digest.
+        folder: Where heads are kept.
+        model: Whose features the head is on.
+        shape: Of one sample.
+
+    Raises:
+        RunError: If a file is damaged.
+    """
+    kept = kept_head("learned", weights, folder, model)
+    if kept is not None:
+        return kept
+    state = load_checkpoint(checkpoint).get(OBJECTIVE) or {}
+    own = {name.partition(JOINT)[2]: value for name, value in state.items() if JOINT in name}
+    if not own:
+        return None
+    width = len(own["enter.weight"])
+    blocks = len({name.split(".")[1] for name in own if name.startswith("blocks.")})
+    head = new_head(model, shape, HeadSettings("learned", width=width, blocks=blocks))
+    head.load_state_dict(own)
+    return interpolated_variance(model, head.eval().requires_grad_(False))
 
 
 def variance_of_head(

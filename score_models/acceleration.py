@@ -7,6 +7,7 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
+from score_models.conditioning import Conditioning
 from score_models.model import ScoreModel
 from sde_lib import validation
 
@@ -32,6 +33,11 @@ class Autocast(nn.Module):
     def leave(self) -> nn.Module:
         """The last layers of the network, which second heads look behind."""
         return self.network.leave
+
+    @property
+    def cond(self) -> Conditioning | None:
+        """What the network is conditioned on."""
+        return getattr(self.network, "cond", None)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
         """Output [B, ...] in the dtype of ``x``."""

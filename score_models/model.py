@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from score_models.conditioning import Conditioning
 from score_models.features import Features
 from score_models.parameterization import Parameterization
 from sde_lib.sde import SDE, expand_like
@@ -27,6 +28,11 @@ class ScoreModel(nn.Module):
         self.sde = sde
         self.parameterization = parameterization
         self._features: Features | None = None
+
+    @property
+    def cond(self) -> Conditioning | None:
+        """What the network is conditioned on, if it says so in an attribute ``cond``."""
+        return getattr(self.network, "cond", None)
 
     def forward(self, x: Tensor, t: Tensor, cond: Tensor | None = None) -> Tensor:
         """Noise estimate E[eps | x_t], see :meth:`noise`."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,16 +33,24 @@ class TimeSampler(ABC):
 
     def __call__(self, sde: SDE, n: int, generator: Generator = None) -> tuple[Tensor, Tensor]:
         """Times and importances, both [n], float64."""
-        generator, size, rows = whole_batch(generator, n)
-        u = rand((size,), generator, dtype=torch.float64)
-        if self.stratified:
-            order = rand((size,), generator, dtype=torch.float64).argsort()
-            u = (order.double() + u) / size
-        return self.quantile(sde, u[rows])
+        return self.quantile(sde, probabilities(n, generator, self.stratified))
 
     @abstractmethod
     def quantile(self, sde: SDE, u: Tensor) -> tuple[Tensor, Tensor]:
         """Time at each probability ``u`` [n] in [0, 1), and its importance."""
+
+
+def probabilities(n: int, generator: Generator, stratified: bool) -> Tensor:
+    """Uniform numbers in [0, 1) for ``n`` rows of a batch, [n], float64.
+
+    ``stratified`` puts one of the whole batch into each of its equal slices, in random order.
+    """
+    generator, size, rows = whole_batch(generator, n)
+    u = rand((size,), generator, dtype=torch.float64)
+    if stratified:
+        order = rand((size,), generator, dtype=torch.float64).argsort()
+        u = (order.double() + u) / size
+    return u[rows]
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,33 @@ class UniformTimes(TimeSampler):
 
     def quantile(self, sde: SDE, u: Tensor) -> tuple[Tensor, Tensor]:
         return sde.t_min + u * (sde.t_max - sde.t_min), torch.ones_like(u)
+
+
+@dataclass(frozen=True)
+class OneLevel(TimeSampler):
+    """One noise level for all: naive score matching, whose model knows the density there alone.
+
+    Args:
+        noise_ratio: sigma / alpha of the level, > 0, within the range of the process. Of data
+            with alpha = 1 it is the standard deviation of the noise, in model units.
+    """
+
+    stratified: bool = field(default=False, init=False)
+    noise_ratio: float = 0.3
+
+    def __post_init__(self) -> None:
+        validation.real("OneLevel", "noise_ratio", self.noise_ratio, above=0)
+
+    def quantile(self, sde: SDE, u: Tensor) -> tuple[Tensor, Tensor]:
+        log_snr = -2 * math.log(self.noise_ratio)
+        low, high = sde.log_snr_range()
+        if not low <= log_snr <= high:
+            raise ValueError(
+                f"OneLevel needs noise_ratio among those of {type(sde).__name__}, from "
+                f"{math.exp(-0.5 * high):.3g} to {math.exp(-0.5 * low):.3g}; got noise_ratio="
+                f"{self.noise_ratio:g}."
+            )
+        return sde.time_at(torch.full_like(u, log_snr)), torch.ones_like(u)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,27 @@ class _Block(nn.Module):
         return h + self.second(F.silu(self.first(self.norm(h)) * (1 + scale) + shift))
 
 
+def head_of(
+    model: ScoreModel, x0: Tensor, cond: Tensor | None, width: int, blocks: int
+) -> VarianceHead:
+    """A new head for the features of ``model``, where it is, from the global random stream.
+
+    Args:
+        model: It is evaluated once, for the shape of its features.
+        x0: One sample or more, [B, ...].
+        cond: Conditioning that goes with them.
+        width: Channels of the head.
+        blocks: Its residual blocks.
+
+    Raises:
+        ValueError: If the network has no features.
+    """
+    level = torch.tensor(model.sde.t_max, dtype=torch.float64, device=x0.device)
+    features = model.features(x0, level, cond)
+    head = VarianceHead(tuple(features.shape[1:]), tuple(x0.shape[1:]), width, blocks)
+    return head.to(x0.device)
+
+
 class HeadOutput:
     """The output of a head as a function (x [B, ...], t) -> [B, ...] of the state.
 

@@ -140,17 +140,44 @@ class Interpolation(HeadKind):
     def loss(
         self, out: Tensor, noise: Tensor, eps_hat: Tensor, earlier: Level, later: Level
     ) -> Tensor:
-        low, pull = posterior(earlier, later)
-        range_ = torch.log(ForwardVariance()(earlier, later) / low)
-        share = (pull * later.noise_ratio).square() / low
-        range_, share = (expand_like(c, out).to(out) for c in (range_, share))
-        log_v = 0.5 * (out + 1) * range_  # above the posterior's
-        exact = 1 + share * (noise - eps_hat).square()
-        return 0.5 * (log_v - 1 + exact * torch.exp(-log_v))
+        excess = interpolated(out, earlier, later)
+        return step_cost(excess, (noise - eps_hat).square(), earlier, later)
 
     def variance(self, model: ScoreModel, head: VarianceHead) -> StateVariance:
-        output = HeadOutput(model, head)
-        return InterpolatedVariance(lambda x, t: 0.5 * (output(x, t) + 1))
+        return interpolated_variance(model, head)
+
+
+def interpolated_variance(model: ScoreModel, head: VarianceHead) -> InterpolatedVariance:
+    """The variance of the steps of ``model`` that a ``head`` makes whose output is that of
+    :class:`Interpolation`."""
+    output = HeadOutput(model, head)
+    return InterpolatedVariance(lambda x, t: 0.5 * (output(x, t) + 1))
+
+
+def interpolated(out: Tensor, earlier: Level, later: Level) -> Tensor:
+    r""":math:`\log(v / \tilde\beta)` of a step, for the output [B, ...] of a head of
+    :class:`Interpolation`."""
+    range_ = torch.log(ForwardVariance()(earlier, later) / posterior(earlier, later)[0])
+    return 0.5 * (out + 1) * expand_like(range_, out).to(out)
+
+
+def step_cost(excess: Tensor, square: Tensor, earlier: Level, later: Level) -> Tensor:
+    r"""KL divergence of a step from that of the posterior, nats of each coordinate.
+
+    With :math:`r = \log(v / \tilde\beta)` and c the factor of x_0 in the mean,
+
+    .. math::  \tfrac12 \left(r + e^{-r} - 1 + \frac{c^2 \varrho_t^2}{\tilde\beta}\, e^{-r}
+               (\varepsilon - \hat\varepsilon)^2 \right)
+
+    Args:
+        excess: r, broadcasting against ``square``.
+        square: Squared noise error, [B, ...].
+        earlier: Level at which the step ends, [B].
+        later: That of the state, [B].
+    """
+    variance, pull = posterior(earlier, later)
+    share = expand_like((pull * later.noise_ratio).square() / variance, square).to(square)
+    return 0.5 * (excess + torch.expm1(-excess) + share * square * torch.exp(-excess))
 
 
 KINDS: dict[str, type[HeadKind]] = {

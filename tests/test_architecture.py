@@ -20,6 +20,7 @@ ROOMS = {  # what each room may import of the others
 OPTIONAL = {
     "torchdiffeq", "torchsde", "matplotlib", "wandb", "sklearn", "scipy", "PIL", "yaml", "tqdm",
     "wandb_workspaces", "tensorboard", "trackio", "huggingface_hub",
+    "datasets",
 }  # fmt: skip
 FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 
@@ -82,7 +83,8 @@ def test_run_py_is_under_80_lines_and_choices_are_short_and_say_what_they_are() 
     assert len((ROOT / "run.py").read_text().splitlines()) < 80
     for path in (ROOT / "conf").glob("*/*.yaml"):
         lines = path.read_text().splitlines()
-        limit = 20 if path.parent.name in ("experiment", "hydra") else 16
+        # training is one class with many numbers, and all of them are somebody's
+        limit = {"experiment": 20, "hydra": 20, "training": 22}.get(path.parent.name, 16)
         assert len(lines) <= limit, f"{path} has {len(lines)} lines"
         assert lines[0].startswith("#") or path.parent.name == "hydra", f"{path} has no first word"
 

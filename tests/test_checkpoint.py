@@ -20,21 +20,25 @@ from torch import nn
 from experiment import checkpoint
 from experiment.checkpoint import (
     CheckpointError,
+    Saver,
     list_checkpoints,
     load_checkpoint,
     load_newest,
     load_weights,
     remove_partial_files,
+    restoring,
     save_checkpoint,
     stored_config,
     write_atomically,
 )
+from experiment.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def example(seed: int = 0) -> dict:
-    """A small state with all that a real one has: weights, their average, an optimiser's, text."""
+    """A small state with all that a real one has: weights, averages, what optimiser and objective
+    remember, text."""
     generator = torch.Generator().manual_seed(seed)
     model = nn.Linear(16, 16)
     for weights in model.parameters():
@@ -47,6 +51,8 @@ def example(seed: int = 0) -> dict:
         "config": json.dumps({"seed": seed, "sde": {"t_min": 1e-5}}),
         "model": weights,
         "ema": {name: 0.5 * value for name, value in weights.items()},
+        "emas": {"0.99": {name: 0.9 * value for name, value in weights.items()}},
+        "objective": {"history": torch.randn(8, 10, generator=generator), "counts": [1, 2]},
         "optimizer": optimizer.state_dict(),
     }
 
@@ -421,3 +427,93 @@ def test_writing_replaces_the_whole_file_or_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left.*config.yaml"):
         write_atomically(path, b"newer, but torn")
     assert path.read_bytes() == b"new" and names(tmp_path) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("iteration", [None, "7", 1.5, -1])
+def test_a_checkpoint_whose_iteration_is_no_number_of_iterations_is_refused(tmp_path, iteration):
+    path = save_checkpoint(tmp_path, 3, example() | {"iteration": iteration})
+    with pytest.raises(CheckpointError, match=f"its iteration is {iteration!r}, no whole number"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "words"),
+    [
+        (5, "weight int where the model has"),
+        (torch.ones(16, 16, dtype=torch.int64), r"\(16, 16\) torch.int64 where the model has"),
+        (None, "weight NoneType where"),
+    ],
+    ids=["a number", "whole numbers", "nothing"],
+)
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, spoiled, words):
+    model = nn.Linear(16, 16)
+    with pytest.raises(CheckpointError, match=words):
+        load_weights(model, example()["ema"] | {"weight": spoiled}, tmp_path / "odd.pt")
+
+
+def test_weights_of_another_precision_fit(tmp_path):
+    model = nn.Linear(16, 16)
+    half = {name: value.to(torch.bfloat16) for name, value in example()["ema"].items()}
+    load_weights(model, half, tmp_path / "half.pt")
+    assert torch.equal(model.weight, half["weight"].float())
+
+
+@pytest.mark.parametrize("part", ["state", "param_groups"])
+def test_what_does_not_fit_a_run_is_told_as_damage_of_the_file(tmp_path, part):
+    state = example()["optimizer"]
+    del state[part]
+    optimizer = torch.optim.AdamW(nn.Linear(16, 16).parameters())
+    with pytest.raises(
+        CheckpointError, match=f"does not fit this run .KeyError: .*{part}"
+    ) as told:
+        with restoring(tmp_path / "a.pt"):
+            optimizer.load_state_dict(state)
+    assert "\n" not in str(told.value) and "run.fresh=true" in str(told.value)
+
+
+def test_errors_of_ours_pass_and_bugs_of_other_kinds_too(tmp_path):
+    for error in (RunError("as it is"), ZeroDivisionError()):
+        with pytest.raises(type(error)) as caught:
+            with restoring(tmp_path / "a.pt"):
+                raise error
+        assert caught.value is error
+
+
+def test_a_full_disk_costs_checkpoints_until_patience_ends(tmp_path, monkeypatch, capsys):
+    save = Saver(tmp_path, patience=2)
+    assert save(1, example(1))
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).suffix == ".pt":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    for again in range(2):  # a save that works is a fresh start
+        monkeypatch.setattr(checkpoint.os, "replace", full)
+        for iteration in (2, 3):
+            assert not save(iteration, example())
+            assert "No space left on device" in capsys.readouterr().out
+        assert load_newest(tmp_path)[0].name == f"step-0000000{1 + 4 * again}.pt"
+        monkeypatch.undo()
+        assert save(5, example(5))
+    monkeypatch.setattr(checkpoint.os, "replace", full)
+    assert not save(6, example()) and not save(7, example())
+    with pytest.raises(RunError, match="iteration 8 .*last of 3 in a row.*from .*00000005.pt"):
+        save(8, example())
+    assert load_newest(tmp_path)[0].name == "step-00000005.pt"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_first_and_the_last_checkpoint_have_to_be_written(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(RunError, match="make room on the disk.*goes on from the beginning"):
+        Saver(tmp_path)(1, example())
+    monkeypatch.undo()
+    Saver(tmp_path)(1, example())
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    with pytest.raises(RunError, match="goes on from .*step-00000001.pt"):
+        Saver(tmp_path)(2, example(), last=True)

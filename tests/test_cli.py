@@ -78,11 +78,11 @@ class Zygote:
             env=ENVIRONMENT,
         )
 
-    def run(self, arguments, cwd, env=None):
+    def run(self, arguments, cwd, **more):
         with tempfile.TemporaryDirectory() as folder:
             streams = {name: str(Path(folder) / name) for name in ("stdout", "stderr")}
             request = {"script": str(ROOT / "run.py"), "arguments": arguments, "cwd": str(cwd)}
-            request |= {"env": {**ENVIRONMENT, **(env or {})}} | streams
+            request |= streams | more | {"env": ENVIRONMENT | more.get("env", {})}
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
             code = int(self.process.stdout.readline())
@@ -438,6 +438,8 @@ def test_three_runs_started_in_the_same_second_get_three_directories(tmp_path, s
     "arguments, words",
     [
         (["sde=vpp"], ["vpp", "subvp", "ve"]),
+        (["experiment=digits_bset"], ["digits_bset", "digits_best"]),
+        (["sde._target_=sde_lib.VPSD"], ["sde_lib has no VPSD; did you mean VPSDE?"]),
         (["mode=trian"], ["trian", "likelihood", "sample", "train"]),
         (["trian.lr=1"], ["trian.lr", "did you mean training.lr?"]),
         (["+trainng.lr=1"], ["did you mean training.lr"]),
@@ -652,12 +654,15 @@ def test_looking_at_the_choices_imports_no_torch_and_makes_no_directory(tmp_path
 
 def test_without_home_and_with_a_plain_locale_it_still_runs(tmp_path):
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "HOME"} | {
-        "LC_ALL": "C",
+        "LC_ALL": "POSIX",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
         "NO_COLOR": "1",
     }
+    (folder := tmp_path / "日本 ünïcode").mkdir()
     result = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), *TINY, "training.steps=2", "tracking=auto"],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         capture_output=True,
         timeout=300,

@@ -24,6 +24,7 @@ from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.evaluation import evaluate
 from score_models import EDM, ScoreModel, UniformTimes
+from score_models.checks import check_network, check_objective
 from sde_lib import VPSDE
 from sde_lib.checks import check_sampler, check_sde
 from sde_lib.oracles import Gaussian
@@ -107,21 +108,19 @@ def check_sampling(node: dict[str, Any], tmp_path: Path) -> None:
     check_sampler(make, VPSDE(), bias=bias, batch_tolerance=1e-2 if adaptive else 0.0)
 
 
-def check_network(node: dict[str, Any], tmp_path: Path) -> None:
-    shape = (3,) if node["_target_"].endswith("MLP") else (2, 9, 12)
-    network = run.instantiate(node | {"shape": shape}).eval()
-    x, levels = torch.randn(2, *shape), torch.tensor([-2.0, 1.0])
-    assert torch.equal(network(x, levels), torch.zeros_like(x)), "starts at the mean of the data"
-    torch.manual_seed(0)
-    for weight in network.parameters():
-        nn.init.normal_(weight, std=max(weight[0].numel(), 4) ** -0.5)
-    alone = torch.cat([network(x[i : i + 1], levels[i : i + 1]) for i in range(2)])
-    assert_close(network(x, levels), alone, msg="a sample depends on its batch mates")
-    assert not torch.allclose(network(x, levels), network(x, levels + 1)), (
-        "the noise level is lost"
-    )
-    _, slope = torch.func.jvp(lambda x: network(x, levels), (x,), (torch.ones_like(x),))
-    assert bool(slope.isfinite().all())
+def check_conformity(node: dict[str, Any], tmp_path: Path) -> None:
+    """The network of a choice, made small; its own size is looked at in tests/test_networks.py."""
+    shapes = {"MLP": (3,), "DiT": (2, 8, 12)}
+    shape = shapes.get(node["_target_"].rpartition(".")[2], (2, 9, 12))
+    small = {"width": 8, "blocks": 1, "head_channels": 4, "features": 4, "multipliers": [1, 2]}
+    small = {key: value for key, value in small.items() if node.get(key)}
+    if "attention" in node:
+        small["attention"] = [i for i in node["attention"] if i < 2]
+    if "dropout" in node:
+        small["dropout"] = 0.3
+    cond = {"_target_": "score_models.Classes", "count": 3}
+    network = run.instantiate(node | small | {"shape": shape, "cond": cond})
+    check_network(network, shape, examples=torch.tensor([0, 2, 3]))
 
 
 def check_parameterization(node: dict[str, Any], tmp_path: Path) -> None:
@@ -134,9 +133,12 @@ def check_parameterization(node: dict[str, Any], tmp_path: Path) -> None:
     assert_close(model.denoised(x, t), level.denoised(x, data.score(sde)(x, t)))
 
 
-def check_objective(node: dict[str, Any], tmp_path: Path) -> None:
-    """The mean loss of the exact score is the floor, integrated over t by quadrature."""
+def check_training_objective(node: dict[str, Any], tmp_path: Path) -> None:
+    """And of score matching the mean loss of the exact score is the floor, integrated over t."""
     objective, sde, n = run.instantiate(node), VPSDE(), 20_000
+    check_objective(objective, sde)
+    if not hasattr(objective, "weight"):
+        return  # a bound: tests/test_objective_bound.py has its floor
     generator = torch.Generator().manual_seed(0)
     x0 = STD * torch.randn(n, 4, generator=generator)
     loss = objective(exact_model(sde), x0, generator).detach().double()
@@ -193,12 +195,37 @@ def source(node: dict[str, Any], tmp_path: Path) -> Dataset:
             pixels = generator.integers(0, 256, (9, 8, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / f"{i}.png")
         return run.instantiate(node | {"path": str(tmp_path)})
+    if name == "huggingface":
+        return run.instantiate(node | {"path": str(parquet(tmp_path))})
     if "root" in node:
         root = Path(__file__).resolve().parents[2] / "shared" / "data"
         if not (root / name.replace("_", "-")).exists():
             pytest.skip(f"no files of {name}; tests/test_data_*.py read small ones of its kind")
         return run.instantiate(node | {"root": str(root)})
     return run.instantiate(node)
+
+
+def parquet(tmp_path: Path) -> Path:
+    """A folder with pictures as the package ``datasets`` writes them."""
+    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 8, 3), dtype=np.uint8)
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict(
+        {"image": [Image.fromarray(image) for image in pixels]}, features=features
+    )
+    (tmp_path / "hub").mkdir()
+    table.to_parquet(str(tmp_path / "hub" / "train.parquet"))
+    return tmp_path / "hub"
+
+
+def check_augment(node: dict[str, Any], tmp_path: Path) -> None:
+    """Of images their rows are kept, of a batch mates do not matter, vectors are refused."""
+    augment, x = run.instantiate(node), torch.arange(64 * 24).reshape(64, 2, 3, 4)
+    made = augment(x, torch.Generator().manual_seed(0))
+    assert made.dtype == x.dtype and torch.equal(made.sort(-1).values, x.sort(-1).values)
+    assert 0 < int((made != x).flatten(1).any(1).sum()) < 64
+    with pytest.raises(ValueError, match="no images"):
+        augment.check((7,))
 
 
 def check_training(node: dict[str, Any], tmp_path: Path) -> None:
@@ -242,11 +269,12 @@ def check_mode(node: dict[str, Any], tmp_path: Path) -> None:
 CHECKS: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "sde": check_process,
     "sampler": check_sampling,
-    "network": check_network,
+    "network": check_conformity,
     "parameterization": check_parameterization,
-    "objective": check_objective,
+    "objective": check_training_objective,
     "likelihood": check_likelihood_settings,
     "data": check_data,
+    "augment": check_augment,
     "training": check_training,
     "tracking": check_tracking,
     "speed": check_speed,

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from experiment.checkpoint import CheckpointError, save_checkpoint
 from experiment.config import (
     check_added,
+    check_choices,
     check_complete,
     check_targets,
     choices,
@@ -174,6 +175,41 @@ def test_choices_are_the_files_of_each_group(tmp_path):
     assert choices(tmp_path) == {"data": [], "sde": ["edm", "vp"]}
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["experiment=digits_bset", "sde=null", "sde=", "sde=VP", "+sde=vpp", "mode=[train,sample]"],
+)
+def test_a_choice_that_its_group_does_not_have_is_told_with_those_it_has(override):
+    group, _, choice = override.lstrip("+").partition("=")
+    with pytest.raises(RunError) as caught:
+        check_choices(["training.lr=1", override], CONF)
+    told = f"unknown {group}={choice}; choose one of {', '.join(choices(CONF)[group])}."
+    assert str(caught.value) == told
+
+
+def test_choices_that_there_are_pass():
+    given = ["sde=ve", "sde='ve'", 'mode="train"', "training.lr=abc", "experiment=digits_best"]
+    assert check_choices([*given, "network@_global_.network=mlp"], CONF) == choices(CONF)
+
+
+def test_a_group_chosen_twice_is_told_in_one_line(known):
+    with pytest.raises(Exception) as caught:  # noqa: B017
+        compose("+sde=ve")
+    told = explain(str(caught.value), ["+sde=ve"], known)
+    assert told == "sde is chosen already; write sde=CHOICE without a + before it."
+
+
+def test_a_name_that_a_room_does_not_have_is_told_with_the_one_meant():
+    said = (
+        "Error loading 'sde_lib.X':\nAre you sure that '{}' is importable from module 'sde_lib'?"
+    )
+    for name, told in (
+        ("VPSD", "sde_lib has no VPSD; did you mean VPSDE?"),
+        ("Zzzzzz", "sde_lib has no Zzzzzz."),
+    ):
+        assert str(refusal({"_target_": "x"}, RuntimeError(said.format(name)))) == told
+
+
 def compose(*overrides: str) -> dict:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return OmegaConf.to_container(hydra.compose("config", list(overrides)))
@@ -252,7 +288,7 @@ def test_an_unknown_argument_is_answered_with_those_there_are():
     assert str(refusal(node, cause)).endswith("'tau'; it takes power.")
     function = TypeError("digits() got an unexpected keyword argument 'tau'")
     node = {"_target_": "experiment.data.digits"}
-    assert str(refusal(node, function)).endswith("it takes test_size, seed.")
+    assert str(refusal(node, function)).endswith("it takes test_size, seed, conditional.")
     other = TypeError("something else")
     assert str(refusal(node, other)) == "experiment.data.digits: something else"
     own = ValueError("as it is")
@@ -508,3 +544,12 @@ def test_a_directory_with_other_choices_is_refused_and_they_are_listed(tmp_path)
     listed = str(caught.value).split("(")[1].split(")")[0]
     assert listed == "network.width: 8 -> 16; seed: 0 -> 1; training.lr: 0.1 -> 0.2"
     assert "run.name=NAME" in str(caught.value) and "run.fresh=true" in str(caught.value)
+
+
+def test_ctrl_c_in_any_mode_leaves_with_130_and_no_traceback(tmp_path, capsys):
+    def interrupted(run: Run) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        Run(config_of(tmp_path, mode={}), lambda node: interrupted).go()
+    assert left.value.code == 130 and "interrupted" in capsys.readouterr().out

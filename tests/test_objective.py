@@ -13,12 +13,14 @@ from score_models import (
     EDMWeight,
     ImportanceTimes,
     LogNormalSigma,
+    MinSNR,
     Noise,
     ScoreModel,
     UniformTimes,
     maximum_likelihood,
     noise_regression,
     score_matching_loss,
+    truncated_snr,
     velocity,
 )
 from sde_lib import EDMSDE, VESDE, VPSDE, CosineSDE, PerSample, SubVPSDE
@@ -68,13 +70,18 @@ def test_each_weighting_is_the_squared_error_that_it_claims():
     alpha, sigma = level.alpha[:, None], level.sigma[:, None]
     x = alpha * x0 + sigma * noise
     score, noise_hat, x0_hat = model.score(x, t), model.noise(x, t), model.denoised(x, t)
-    rho = sigma / alpha
+    rho, snr = sigma / alpha, (alpha / sigma) ** 2
+    v_error = (alpha * noise_hat - sigma * x0_hat) - (alpha * noise - sigma * x0)
     s = 0.5
     errors = {
         noise_regression: noise_hat - noise,
         maximum_likelihood: level.diffusion[:, None] * (score + noise / sigma),
         EDMWeight(s): (rho**2 + s**2).sqrt() / (rho * s) * (x0_hat - x0),
-        velocity: (alpha * noise_hat - sigma * x0_hat) - (alpha * noise - sigma * x0),
+        velocity: v_error,
+        truncated_snr: snr.clamp(min=1).sqrt() * (x0_hat - x0),
+        MinSNR(5.0): snr.clamp(max=5).sqrt() * (x0_hat - x0),
+        MinSNR(4.0): (snr.clamp(max=4) / snr).sqrt() * (noise_hat - noise),
+        MinSNR(0.5): (snr.clamp(max=0.5) / (snr + 1)).sqrt() * v_error,
     }
     for weight, error in errors.items():
         assert_close(
@@ -188,5 +195,7 @@ def test_bad_choices_are_refused_with_the_reason():
         LogNormalSigma(mean=40.0)(EDMSDE(), 4)
     with pytest.raises(ValueError, match="std"):
         LogNormalSigma(std=0.0)
+    with pytest.raises(ValueError, match="MinSNR needs gamma"):
+        MinSNR(gamma=0.0)
     with pytest.raises(ValueError, match="one seed a sample"):
         DenoisingScoreMatching()(exact_model(VPSDE()), torch.zeros(3, 4), PerSample([1, 2]))

@@ -200,6 +200,20 @@ def test_what_is_said_is_a_plain_line_where_nobody_watches(hidden):
     assert without_terminal(script, "pipe") == ("iteration 7: loss 0.1\n", "")
 
 
+def test_a_letter_that_a_terminal_does_not_have_becomes_a_question_mark():
+    script = "import sys\nfrom experiment.progress import say\n"
+    script += "sys.stdout.reconfigure(encoding='ascii')\nsay('1.8 ± 0.1')\nsay('2')"
+
+    assert without_terminal(script, "pipe") == ("1.8 ? 0.1\n2\n", "")
+
+
+def test_a_full_disk_behind_stdout_costs_the_line_and_not_the_run():
+    script = "import sys\nfrom experiment.progress import say\n"
+    script += "sys.stdout = open('/dev/full', 'w')\nsay('1')\nsay('2')\nprint(3, file=sys.stderr)"
+
+    assert without_terminal(script, "pipe") == ("", "3\n")
+
+
 @pytest.mark.parametrize(
     "work",
     [4, range(4), [0, 1, 2, 3], iter(range(4))],

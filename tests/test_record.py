@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -146,3 +147,41 @@ def test_a_killed_run_keeps_every_line_it_reported(tmp_path: Path) -> None:
     found = iterations(tmp_path)
     assert found == list(range(len(found)))
     assert len(found) > max(200, int(reported[0]) if reported[0] else 0) - 1
+
+
+def test_on_a_full_disk_rows_wait_for_room_and_none_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    record, limit = Record(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    record.log({"train/loss": 0.5}, 1)
+    size = record.path.stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limit[1]))  # room for half a line
+    try:
+        for iteration in (2, 3):
+            record.log({"train/loss": 0.5}, iteration)
+        assert record.path.stat().st_size == size, "no half line"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert iterations(tmp_path) == [1]
+    record.log({"train/loss": 0.5}, 4)
+    assert iterations(tmp_path) == [1, 2, 3, 4]
+    assert capsys.readouterr().out.count("lines wait for room") == 1
+
+
+def test_a_record_that_cannot_be_written_at_all_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / Record.FILE).mkdir()
+    with pytest.raises(IsADirectoryError):
+        Record(tmp_path).log({}, 1)
+    monkeypatch.setattr(Record, "PATIENCE", 2)
+    full = Record(tmp_path / "full")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limit[1]))
+    try:
+        full.log({}, 1)
+        full.log({}, 2)
+        with pytest.raises(OSError, match="too large|No space"):
+            full.log({}, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)

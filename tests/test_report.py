@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from experiment.figures import save_grid
 from experiment.page import STYLE, page
 from experiment.record import Record
-from experiment.report import go_on, uncertain, write_report
+from experiment.report import go_on, renew_report, uncertain, write_report
 
 FULL = {
     "metric": "bits_per_dim",
@@ -612,6 +613,7 @@ def test_commands_to_go_on_keep_the_choices_and_quote_what_needs_it(command, bas
         f"{base} mode=sample",
         f"{base} mode=compare",
         f"{base} mode=calibrate",
+        f"{base} mode=diagnose",
     ]
 
 
@@ -620,7 +622,7 @@ def test_the_commands_to_go_on_can_be_copied_from_the_page(tmp_path):
 
     assert found.all("code") == [
         f"python run.py 'run.name=a <b> & c' mode={mode}"
-        for mode in ("train", "likelihood", "sample", "compare", "calibrate")
+        for mode in ("train", "likelihood", "sample", "compare", "calibrate", "diagnose")
     ]
 
 
@@ -645,3 +647,15 @@ def test_a_page_states_its_encoding_and_fits_a_phone():
     assert attributes[1]["name"] == "viewport" and "width=device-width" in attributes[1]["content"]
     assert found.all("title") == ["a & b"]
     assert re.search(r"img \{ max-width: 100%", STYLE)
+
+
+def test_a_page_or_a_figure_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path):
+    for iteration in (1, 2):
+        Record(tmp_path).log({"train/loss": 0.5}, iteration)
+    assert renew_report(tmp_path) == f"report: {tmp_path / 'report.html'}"
+    shutil.rmtree(tmp_path / "figures", ignore_errors=True)
+    (tmp_path / "figures").write_text("in the way")
+    assert "Not drawn: " in write_report(tmp_path).read_text()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    assert renew_report(tmp_path).startswith("warning: report.html not written (")

@@ -7,14 +7,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training import SHORT, Spied, assert_same, levels_data, small_state, state_of, train
+from test_training import (
+    OBJECTIVE,
+    SHORT,
+    Spied,
+    assert_same,
+    levels_data,
+    small_state,
+    state_of,
+    train,
+)
 from torch import nn
 from torch.testing import assert_close
 
+from experiment.batches import Recipe
 from experiment.data import Dataset
 from experiment.faults import Faults
 from experiment.speed import LossScale, Speed
-from score_models import EDM, ScoreModel
+from score_models import EDM, Classes, ScoreModel
 from score_models.networks import MLP
 from sde_lib import VPSDE
 from sde_lib.oracles import Gaussian
@@ -159,21 +169,12 @@ def test_the_record_says_how_often_the_gradient_was_clipped(tmp_path):
 
 
 def test_conditioning_and_its_dropout_are_functions_of_the_row():
-    from test_training import OBJECTIVE
-
-    from experiment.batches import Recipe
-
-    class Labels:
-        def drop(self, cond, dropped):
-            return torch.where(dropped, -1, cond)
-
-    data = levels_data()
-    labels = torch.arange(40)
-    data = replace(data, cond=Labels(), train_cond=labels)
+    data, labels = levels_data(), torch.arange(40)
+    data = replace(data, cond=Classes(40), train_cond=labels, test_cond=labels[:4])
     recipe = Recipe(data, data.units, OBJECTIVE, VPSDE(), 16, seed=0, label_dropout=0.3)
-    dropped = torch.cat([recipe(i, range(16)).cond for i in range(200)]) < 0
+    dropped = torch.cat([recipe(i, range(16)).cond for i in range(200)]) == 40
     assert abs(float(dropped.float().mean()) - 0.3) < 5 * math.sqrt(0.21 / dropped.numel())
     whole = recipe(3, range(16))
     assert torch.equal(recipe(3, range(5, 9)).cond, whole.cond[5:9])
-    kept = whole.cond >= 0
+    kept = whole.cond < 40
     assert torch.equal(whole.cond[kept], recipe.batches(3)[kept]), "labels go with their samples"

@@ -1,7 +1,9 @@
 """Runs ``run.py`` many times without paying for its imports each time.
 
 Reads one JSON request a line from stdin, forks, runs the command line in the child exactly as a
-new interpreter would after its imports, and answers with the exit code on stdout.
+new interpreter would after its imports, and answers with the exit code on stdout. A request may
+ask for the number of the process in a file ``pid``, so that it can be killed, and for code that
+runs in it ``before`` the command line.
 """
 
 import contextlib
@@ -11,6 +13,7 @@ import os
 import runpy
 import sys
 import traceback
+from pathlib import Path
 
 PRELOADED = (
     "hydra", "torch", "torchdiffeq", "matplotlib.figure", "PIL.Image", "sklearn.datasets",
@@ -44,6 +47,9 @@ def child(request: dict) -> int:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
+    if "pid" in request:
+        Path(request["pid"]).write_text(str(os.getpid()))
+    exec(request.get("before", ""), {})
     return command_line(request["script"], request["arguments"])
 
 

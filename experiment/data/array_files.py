@@ -7,14 +7,19 @@ import tokenize
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy
-import torch
 from torch import Tensor
 
-from experiment.data.dataset import Dataset
+from experiment.data.dataset import Dataset, check_samples
+from experiment.data.labels import conditions
+from experiment.data.raw_values import Raw, StoredSamples, in_memory, levels_of
+from experiment.data.samples import Samples, is_lazy
 from experiment.data.split import split
+from experiment.data.stored import NotByRow, stored_npy, stored_npz
 from experiment.errors import RunError
+from sde_lib import validation
 
 _DAMAGE: tuple[type[Exception], ...] = (ValueError, EOFError, OSError, KeyError, SyntaxError)
 _DAMAGE += (NotImplementedError, MemoryError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -28,6 +33,8 @@ def arrays(
     test_size: float = 0.1,
     seed: int = 0,
     name: str | None = None,
+    lazy: str | bool = "auto",
+    conditional: bool = False,
 ) -> Dataset:
     """Samples [N, ...] from a ``.npy`` or ``.npz`` file: integers are levels, floats continuous.
 
@@ -40,6 +47,11 @@ def arrays(
         test_size: Share (below 1) or number of samples that the split keeps for the test.
         seed: Of the split.
         name: What to call the data; the file's name by default.
+        lazy: Whether samples stay in the file until they are asked for; auto does so from 1 GiB
+            on, where the file allows it: a compressed ``.npz`` does not.
+        conditional: Whether the ``.npz`` file also says what each sample is: integers [N], the
+            class, or floats [N, d], as ``train_labels`` and ``test_labels`` or ``train_cond`` and
+            ``test_cond``.
 
     Raises:
         RunError: If a file is missing or damaged.
@@ -47,22 +59,64 @@ def arrays(
     """
     path = Path(path).expanduser()
     name = name or path.stem
-    found = _read(path)
+    found = _found(path, lazy)
     if test_path is not None:
         found = {
             "train": _only(path, found),
-            "test": _only(test_path, _read(Path(test_path).expanduser())),
+            "test": _only(test_path, _found(Path(test_path).expanduser(), lazy)),
         }
+    conds = _conds(name, path, found) if validation.flag(name, "conditional", conditional) else {}
     if {"train", "test"} <= found.keys():
-        levels = _levels(name, found["train"], levels)
-        train, test = (_tensor(name, found[part], levels) for part in ("train", "test"))
+        levels = levels_of(name, found["train"], levels)
+        train, test = (_samples(name, found[part], levels) for part in ("train", "test"))
     else:
-        samples = _only(path, found)
-        levels = _levels(name, samples, levels)
-        values = _tensor(name, samples, levels)
-        train, test = split(name, values, test_size, seed)
-        Dataset(name, values, values, levels=levels)  # its complaints count rows as the file does
-    return Dataset(name, train, test, levels=levels)
+        values = _only(path, found)
+        levels = levels_of(name, values, levels)
+        samples = _samples(name, values, levels)
+        train, test = split(name, samples, test_size, seed)
+        if isinstance(samples, Tensor):  # from disk, complaints name the row of the file
+            check_samples(name, "train", samples, levels)
+    return Dataset(name, train, test, levels=levels, **conds)
+
+
+def _found(path: Path, lazy: str | bool) -> dict[str, Raw]:
+    """The arrays of a file by name, in memory or left where they are."""
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"arrays are read from .npy and .npz files; got {path}.")
+    if not path.is_file():
+        raise RunError(f"arrays: no file {path.absolute()}; pass data.path=FILE.")
+    if not is_lazy("arrays", lazy, path.stat().st_size):
+        return read_npz(path)
+    try:
+        return stored_npz(path) if zipfile.is_zipfile(path) else {path.stem: stored_npy(path)}
+    except _DAMAGE as error:
+        raise _unreadable(path, error) from error
+    except NotByRow:
+        if str(lazy).lower() != "auto":
+            raise
+        return read_npz(path)
+
+
+def _samples(name: str, values: Raw, levels: int | None) -> Samples:
+    if isinstance(values, numpy.ndarray):
+        return in_memory(name, values, levels)
+    samples = StoredSamples(name, values, levels)
+    samples.check_wide()
+    return samples
+
+
+def _conds(name: str, path: Path, found: dict[str, Raw]) -> dict[str, Any]:
+    """Classes or vectors of both parts, as `Dataset` takes them."""
+    for kind in ("labels", "cond"):
+        keys = [f"{part}_{kind}" for part in ("train", "test")]
+        if found.keys() >= {*keys, "train", "test"}:
+            parts = (found[key] for key in keys)
+            return conditions(name, *(part[numpy.arange(len(part))] for part in parts))
+    raise RunError(
+        f"{path}: data.conditional=true wants the arrays train, test, train_labels and "
+        "test_labels (or train_cond and test_cond) in one .npz file; it holds "
+        f"{', '.join(found) or 'none'}."
+    )
 
 
 def read_npz(path: Path) -> dict[str, numpy.ndarray]:
@@ -74,14 +128,18 @@ def read_npz(path: Path) -> dict[str, numpy.ndarray]:
     try:
         content = numpy.load(path, allow_pickle=False)
     except _DAMAGE as error:
-        why = str(error) or type(error).__name__
-        if "pickle" in why:  # numpy's answer to anything that it does not know
-            why = "it is no numpy file, or holds Python objects"
-        raise RunError(f"{path} cannot be read as numpy arrays: {why}.") from error
+        raise _unreadable(path, error) from error
     if isinstance(content, numpy.ndarray):
         return {path.stem: content}
     with content:
         return {key: _member(path, content, key) for key in content.files}
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    why = str(error) or type(error).__name__
+    if "pickle" in why:  # numpy's answer to anything that it does not know
+        why = "it is no numpy file, or holds Python objects"
+    return RunError(f"{path} cannot be read as numpy arrays: {why}.")
 
 
 def _member(path: Path, content: numpy.lib.npyio.NpzFile, key: str) -> numpy.ndarray:
@@ -103,78 +161,10 @@ def _check_sum(content: numpy.lib.npyio.NpzFile, key: str) -> None:
             pass
 
 
-def _read(path: Path) -> dict[str, numpy.ndarray]:
-    if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"arrays are read from .npy and .npz files; got {path}.")
-    if not path.is_file():
-        raise RunError(f"arrays: no file {path.absolute()}; pass data.path=FILE.")
-    return read_npz(path)
-
-
-def _only(path: str | Path, found: dict[str, numpy.ndarray]) -> numpy.ndarray:
+def _only(path: str | Path, found: dict[str, Raw]) -> Raw:
     if len(found) != 1:
         raise RunError(
             f"{path} must hold the arrays train and test, or one array; it holds "
             f"{', '.join(found) or 'none'}."
         )
     return next(iter(found.values()))
-
-
-def _levels(name: str, values: numpy.ndarray, levels: int | None) -> int | None:
-    """``levels``, or what stands for it: 256 for uint8, None for floats unlike bytes."""
-    if levels is not None or values.size == 0 or values.dtype.kind not in "fiu":
-        return levels
-    if values.dtype.kind == "f":
-        _refuse_bytes(name, values)
-        return None
-    if values.dtype != numpy.uint8:
-        raise ValueError(
-            f"{name}: integer data need levels=K, the number of values there can be; the file "
-            f"has {values.dtype} from {values.min()} to {values.max()}. Pass data.levels=K."
-        )
-    if values.max() <= 1:
-        raise ValueError(
-            f"{name}: bytes are taken for 256 levels, but all of these are 0 or 1. Pass "
-            "data.levels=2 if that is what they are; if they were shares of 1 before, multiply "
-            "by 255 and round before you convert."
-        )
-    return 256
-
-
-def _refuse_bytes(name: str, values: numpy.ndarray) -> None:
-    """Levels dressed up as floats have no density, so a likelihood of them means nothing."""
-    low, high, near = values.min(), values.max(), 255 * numpy.finfo(values.dtype).eps
-    if not -1 <= low < high <= 255:  # constants, and where NaN is about: reported later
-        return
-    values = values.astype(numpy.float64)
-    if low >= 0 and _whole(values, 0):
-        steps, remedy = "1", "values.astype('uint8') and pass data.levels=K, how many there can be"
-    elif low >= 0 and high <= 1 and _whole(values * 255.0, near):
-        steps, remedy = "1/255", "(255 * values).round().astype('uint8')"
-    elif high <= 1 and _whole((values + 1.0) * 127.5, near):
-        steps, remedy = "2/255", "(127.5 * (values + 1)).round().astype('uint8')"
-    else:
-        return
-    raise ValueError(
-        f"{name}: the {values.dtype} data look like bytes (range {low:g} to {high:g}, all on "
-        f"steps of {steps}); taken as continuous their density has no meaning. Save {remedy}."
-    )
-
-
-def _whole(values: numpy.ndarray, tolerance: float) -> bool:
-    return bool(numpy.abs(values - numpy.rint(values)).max() <= tolerance)
-
-
-def _tensor(name: str, values: numpy.ndarray, levels: int | None) -> Tensor:
-    """Floats as float32; levels as bytes where they fit, so that images stay small."""
-    if values.dtype.kind not in "fiu" or values.ndim == 0:
-        raise ValueError(
-            f"{name}: samples must be integers or floats [N, ...]; got {values.dtype} of shape "
-            f"{values.shape}."
-        )
-    if values.dtype.kind == "f":
-        with numpy.errstate(over="ignore"):  # what float32 cannot hold is reported as Inf
-            return torch.from_numpy(values.astype(numpy.float32, order="C"))
-    fits = values.size and values.min() >= 0 and values.max() <= 255
-    kind = numpy.uint8 if fits and levels is not None and levels <= 256 else numpy.int64
-    return torch.from_numpy(values.astype(kind, order="C"))

@@ -6,8 +6,9 @@ import pickle
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy
 import torch
@@ -15,17 +16,19 @@ from torch import Tensor
 
 from experiment.data.array_files import read_npz
 from experiment.data.dataset import Dataset
-from experiment.data.image_files import read_image
+from experiment.data.labels import conditions
 from experiment.data.locate import data_root, missing
+from experiment.data.pictures import read_image
 from experiment.data.unpickle import load_bytes
 from experiment.errors import RunError
+from sde_lib import validation
 
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
 SIZES = 50_000, 10_000
 TILE = 32
 
 
-def cifar10(root: str | Path | None = None) -> Dataset:
+def cifar10(root: str | Path | None = None, conditional: bool = False) -> Dataset:
     """50,000 + 10,000 photographs, [N, 3, 32, 32] of 256 levels.
 
     Read from whichever is there: ``cifar-10-batches-py/`` or ``cifar-10-python.tar.gz`` (whose
@@ -33,25 +36,32 @@ def cifar10(root: str | Path | None = None) -> Dataset:
     (channels first or last), or lossless ``train_00.webp`` ... and ``test_00.webp`` ... whose
     tiles of 32x32 are the images, row by row.
 
+    Labels are those of the pickles; beside ``cifar10.npz``, in it, ``train_labels`` and
+    ``test_labels``; beside the sheets ``labels.npz`` with ``train`` and ``test``.
+
     Reference: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
 
     Args:
         root: Folder that holds one of these, or a folder ``cifar10/`` with one in it; None is the
             variable SCORE_SDE_DATA, else ``data``.
+        conditional: Whether what is shown goes with each image, as one of ten classes.
 
     Raises:
-        RunError: If nothing is found, a file is damaged, or images are missing.
+        RunError: If nothing is found, a file is damaged, or images or labels are missing.
     """
     base = data_root(root)
     folders = [base / "cifar10", base / "cifar-10", base]
+    wanted = validation.flag("cifar10", "conditional", conditional)
     for folder in folders:
-        for pattern, read in _READERS.items():
-            if (folder / pattern).exists():
-                train, test = read(folder / pattern)
-                _check_sizes(folder / pattern, train, test)
-                return Dataset("cifar10", train, test, levels=256)
+        for pattern, form in _FORMS.items():
+            path = folder / pattern
+            if path.exists():
+                train, test = form.images(path)
+                _check_sizes(path, train, test)
+                conds = conditions("cifar10", *form.labels(path), 10) if wanted else {}
+                return Dataset("cifar10", train, test, levels=256, **conds)
     raise missing(
-        "cifar10", [" or ".join(_READERS)], folders, "https://www.cs.toronto.edu/~kriz/cifar.html"
+        "cifar10", [" or ".join(_FORMS)], folders, "https://www.cs.toronto.edu/~kriz/cifar.html"
     )
 
 
@@ -65,23 +75,23 @@ def _check_sizes(path: Path, *parts: Tensor) -> None:
         )
 
 
-def _from_batches(folder: Path) -> tuple[Tensor, Tensor]:
+Part = TypeVar("Part")
+
+
+def _batches(folder: Path, decode: Callable[[str, bytes], Part]) -> list[Part]:
     absent = [batch for batch in BATCHES if not (folder / batch).exists()]
     if absent:
         raise RunError(f"cifar10: {folder} lacks {', '.join(absent)}. Unpack the archive again.")
-    parts = [
-        _decode_batch(str(folder / batch), (folder / batch).read_bytes()) for batch in BATCHES
-    ]
-    return torch.cat(parts[:-1]), parts[-1]
+    return [decode(str(folder / batch), (folder / batch).read_bytes()) for batch in BATCHES]
 
 
-def _from_archive(path: Path) -> tuple[Tensor, Tensor]:
+def _archive(path: Path, decode: Callable[[str, bytes], Part]) -> list[Part]:
     parts = {}
     try:
         with tarfile.open(path) as archive:
             for name, content in _files(archive):  # in memory: nothing is unpacked to disk
                 if name in BATCHES:
-                    parts[name] = _decode_batch(f"{path}: {name}", content)
+                    parts[name] = decode(f"{path}: {name}", content)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         done = ", ".join(parts) or "none"
         why = " ".join(str(error).split())  # tarfile's own words may take several lines
@@ -91,7 +101,15 @@ def _from_archive(path: Path) -> tuple[Tensor, Tensor]:
     absent = [batch for batch in BATCHES if batch not in parts]
     if absent:
         raise RunError(f"{path} lacks {', '.join(absent)}. Get it again.")
-    return torch.cat([parts[batch] for batch in BATCHES[:-1]]), parts[BATCHES[-1]]
+    return [parts[batch] for batch in BATCHES]
+
+
+def _images_of(parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    return torch.cat(parts[:-1]), parts[-1]
+
+
+def _labels_of(parts: list[numpy.ndarray]) -> tuple[numpy.ndarray, numpy.ndarray]:
+    return numpy.concatenate(parts[:-1]), parts[-1]
 
 
 def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
@@ -102,27 +120,50 @@ def _files(archive: tarfile.TarFile) -> Iterator[tuple[str, bytes]]:
         pass
 
 
-def _decode_batch(where: str, content: bytes) -> Tensor:
-    """Images [N, 3, 32, 32] of one pickled batch; a row holds its red, green and blue planes."""
+def _record(where: str, content: bytes) -> dict[str, object]:
     try:
-        rows = load_bytes(content).get("data")
+        return load_bytes(content)
     except pickle.UnpicklingError as error:
         raise RunError(
             f"{where} is refused: {error}. Get the official python version again."
         ) from error
+
+
+def _batch_images(where: str, content: bytes) -> Tensor:
+    """Images [N, 3, 32, 32] of one pickled batch; a row holds its red, green and blue planes."""
+    rows = _record(where, content).get("data")
     if not isinstance(rows, numpy.ndarray) or rows.ndim != 2 or rows.shape[1] != 3 * TILE**2:
         got = getattr(rows, "shape", type(rows).__name__)
         raise RunError(f"{where}: 'data' must be an array of bytes [N, {3 * TILE**2}]; got {got}.")
     return torch.from_numpy(rows.copy()).reshape(-1, 3, TILE, TILE)
 
 
-def _from_npz(path: Path) -> tuple[Tensor, Tensor]:
-    found = read_npz(path)
-    if not {"train", "test"} <= found.keys():
+def _batch_labels(where: str, content: bytes) -> numpy.ndarray:
+    """Classes [N] of one pickled batch."""
+    labels = _record(where, content).get("labels")
+    if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise RunError(
-            f"{path} must hold the arrays train and test; it holds {', '.join(found) or 'none'}."
+            f"{where}: 'labels' must be a list of whole numbers; got {type(labels).__name__}."
         )
-    train, test = (_channel_first(path, part, found[part]) for part in ("train", "test"))
+    return numpy.array(labels, numpy.int64)
+
+
+def _arrays(path: Path, *keys: str) -> list[numpy.ndarray]:
+    if not path.exists():
+        raise RunError(f"cifar10: no labels: there is no {path}. Leave data.conditional out.")
+    found = read_npz(path)
+    if not found.keys() >= {*keys}:
+        raise RunError(
+            f"{path} must hold the arrays {' and '.join(keys)}; it holds "
+            f"{', '.join(found) or 'none'}."
+        )
+    return [found[key] for key in keys]
+
+
+def _from_npz(path: Path) -> tuple[Tensor, Tensor]:
+    keys = ("train", "test")
+    found = zip(keys, _arrays(path, *keys), strict=True)
+    train, test = (_channel_first(path, key, images) for key, images in found)
     return train, test
 
 
@@ -165,9 +206,24 @@ def _tiles(path: Path) -> Tensor:
     return tiles.reshape(rows * columns, 3, TILE, TILE)
 
 
-_READERS: dict[str, Callable[[Path], tuple[Tensor, Tensor]]] = {
-    "cifar-10-batches-py": _from_batches,
-    "cifar-10-python.tar.gz": _from_archive,
-    "cifar10.npz": _from_npz,
-    "train_00.webp": _from_sheets,
+class _Form(NamedTuple):
+    """A form in which the set is kept: what reads its images, and what their labels."""
+
+    images: Callable[[Path], tuple[Tensor, Tensor]]
+    labels: Callable[[Path], Sequence[numpy.ndarray]]
+
+
+_FORMS = {
+    "cifar-10-batches-py": _Form(
+        lambda path: _images_of(_batches(path, _batch_images)),
+        lambda path: _labels_of(_batches(path, _batch_labels)),
+    ),
+    "cifar-10-python.tar.gz": _Form(
+        lambda path: _images_of(_archive(path, _batch_images)),
+        lambda path: _labels_of(_archive(path, _batch_labels)),
+    ),
+    "cifar10.npz": _Form(_from_npz, lambda path: _arrays(path, "train_labels", "test_labels")),
+    "train_00.webp": _Form(
+        _from_sheets, lambda path: _arrays(path.with_name("labels.npz"), "train", "test")
+    ),
 }

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
 import torch
-from torch import Tensor
 
 from experiment.data.dataset import Dataset
-from experiment.data.split import split
+from experiment.data.labels import conditions
+from experiment.data.pictures import Header, Pictures, another_size, read_header, read_image
+from experiment.data.samples import Samples, each_block, is_lazy, some_rows
+from experiment.data.split import split_rows
 from experiment.errors import RunError
 from experiment.progress import progress
 from sde_lib import validation
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_GREY = ("1", "L", "LA")
-_DEEP = ("I", "F")  # more than 8 bits: Pillow would clip them, not scale them
-_DEEP_COLOURS = ";16B"  # of a 16-bit PNG that is not plain grey: Pillow would drop the low bytes
 
 
 def image_folder(
-    path: str | Path, size: int | None = None, test_size: float = 0.1, seed: int = 0
+    path: str | Path,
+    size: int | None = None,
+    test_size: float = 0.1,
+    seed: int = 0,
+    lazy: str | bool = "auto",
+    conditional: bool = False,
 ) -> Dataset:
     """Every picture under ``path``, in the order of its name: [N, 1 or 3, H, W] of 256 levels.
 
@@ -35,66 +39,77 @@ def image_folder(
             pictures as they are, and they must all have one size.
         test_size: Share (below 1) or number of pictures that the split keeps for the test.
         seed: Of the split.
+        lazy: Whether pictures are decoded each time that they are asked for; auto does so where
+            all of them would take more than 1 GiB.
+        conditional: Whether the folder that a picture is in, below ``path`` or below ``train`` and
+            ``test``, is its class; classes are counted in the order of their names.
 
     Raises:
-        RunError: If there are no pictures, they differ in size, or a file is damaged.
+        RunError: If there are no pictures, they differ in size, or a file is damaged; of pictures
+            decoded later only the fronts of the files are looked at before.
     """
     path = Path(path).expanduser()
     size = None if size is None else validation.count("image_folder", "size", size)
     folders = [path / "train", path / "test"]
     parted = all(folder.is_dir() for folder in folders)
-    parts = [_pictures(folder) for folder in (folders if parted else [path])]
-    grey = [_is_grey(file) for part in parts for file in part]  # a list: every file is checked
-    mode = "L" if all(grey) else "RGB"
-    images = [_load(part, mode, size) for part in parts]
+    folders = folders if parted else [path]
+    parts = [_pictures(folder) for folder in folders]
+    files = [file for part in parts for file in part]
+    mode = _mode(files, size)
+    samples = _samples(files, mode, size, lazy)
     name = path.absolute().name
-    train, test = images if parted else split(name, images[0], test_size, seed)
-    return Dataset(name, train, test, levels=256)
+    if parted:
+        train, test = torch.arange(len(files)).split([len(part) for part in parts])
+    else:
+        train, test = split_rows(name, len(files), test_size, seed)
+    conds = {}
+    if validation.flag("image_folder", "conditional", conditional):
+        labels = _labels(folders, parts)
+        conds = conditions(name, labels[train.numpy()], labels[test.numpy()])
+    parts = (some_rows(samples, rows) for rows in (train, test))
+    return Dataset(name, *parts, levels=256, **conds)
 
 
-def read_image(path: Path, mode: str, size: int | None = None) -> numpy.ndarray:
-    """One picture as uint8, [H, W] for mode "L", [H, W, 3] for "RGB".
+@dataclass(frozen=True)
+class _Decoder:
+    """Decodes a file by its number; goes to other processes with its list of files alone."""
 
-    Raises:
-        RunError: If the file is damaged or no picture.
-    """
-    from PIL import Image, ImageOps
+    files: list[Path]
+    mode: str
+    size: int | None
 
-    try:
-        with Image.open(path) as picture:
-            converted = ImageOps.exif_transpose(picture).convert(mode)
-    except _damage() as error:
-        raise _broken(path, error) from error
-    if size is not None:
-        converted = ImageOps.fit(converted, (size, size), Image.Resampling.LANCZOS)
-    return numpy.array(converted)
+    def __call__(self, row: int) -> numpy.ndarray:
+        return read_image(self.files[row], self.mode, self.size)
+
+    def called(self, row: int) -> str:
+        """The path of a file."""
+        return str(self.files[row])
 
 
-def _is_grey(path: Path) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            mode, layout = picture.mode, str(picture.tile)
-    except _damage() as error:
-        raise _broken(path, error) from error
-    if mode.startswith(_DEEP) or _DEEP_COLOURS in layout:
-        raise RunError(f"{path} has more than 8 bits a channel; save it with 8.")
-    return mode in _GREY
+def _mode(files: list[Path], size: int | None) -> str:
+    """Grey if all pictures are; each file is opened, none is decoded."""
+    headers = [read_header(file) for file in progress(files, "files")]
+    if size is None:
+        for file, header in zip(files, headers, strict=True):
+            if sorted(header[1:]) != sorted(headers[0][1:]):  # an EXIF note may turn it
+                raise another_size(str(file), _extent(header), str(files[0]), _extent(headers[0]))
+    return "L" if all(header.grey for header in headers) else "RGB"
 
 
-def _damage() -> tuple[type[Exception], ...]:
-    """What Pillow raises for a damaged file."""
-    from PIL import Image
-
-    return (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+def _extent(header: Header) -> str:
+    return f"{header.width}x{header.height}"
 
 
-def _broken(path: Path, error: Exception) -> RunError:
-    return RunError(
-        f"{path} cannot be read as a picture: {error or type(error).__name__}. Repair or remove "
-        "it."
-    )
+def _samples(files: list[Path], mode: str, size: int | None, lazy: str | bool) -> Samples:
+    decoder = _Decoder(files, mode, size)
+    pictures = Pictures.of(decoder, decoder.called, len(files))
+    if is_lazy("image_folder", lazy, numpy.prod(pictures.shape, dtype=float)):
+        return pictures
+    whole, start = torch.empty(pictures.shape, dtype=torch.uint8), 0
+    for block in each_block(pictures, "pictures"):
+        whole[start : start + len(block)] = block
+        start += len(block)
+    return whole
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -110,19 +125,16 @@ def _pictures(folder: Path) -> list[Path]:
     return files
 
 
-def _load(files: list[Path], mode: str, size: int | None) -> Tensor:
-    """Pictures [N, C, H, W] of one size."""
-    images = []
-    for file in progress(files, "pictures"):
-        images.append(read_image(file, mode, size))
-        if images[-1].shape != images[0].shape:
-            raise RunError(
-                f"{file} is {_extent(images[-1])} pixels, {files[0]} is {_extent(images[0])}; "
-                "pass data.size=N to crop and scale all of them to N x N."
-            )
-    stack = torch.from_numpy(numpy.stack(images))
-    return stack[:, None] if mode == "L" else stack.permute(0, 3, 1, 2).contiguous()
-
-
-def _extent(image: numpy.ndarray) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+def _labels(folders: list[Path], parts: list[list[Path]]) -> numpy.ndarray:
+    """The class of each picture, int64 [N], by the folder of the first level that it is in."""
+    names = []
+    for folder, files in zip(folders, parts, strict=True):
+        for file in files:
+            inner = file.relative_to(folder).parts[:-1]
+            if not inner:
+                raise RunError(
+                    f"image_folder: data.conditional=true takes the subfolder of a picture for "
+                    f"its class, and {file} lies in none. Move it, or leave conditional out."
+                )
+            names.append(inner[0])
+    return numpy.unique(names, return_inverse=True)[1]

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from score_models.networks.embedding import NoiseEmbedding, refuse_cond
+from score_models.conditioning import Conditioning
+from score_models.networks.blocks import through, zeroed
+from score_models.networks.embedding import NoiseEmbedding, checked_cond
 from sde_lib import validation
 
 
@@ -20,6 +22,9 @@ class MLP(nn.Module):
         blocks: Number of residual blocks.
         features: Random Fourier features of the input, for densities with fine detail; 0 for none.
         bandwidth: Their standard frequency, in radians per unit of the scaled input.
+        cond: What it is conditioned on, see :mod:`score_models.conditioning`.
+        checkpointing: While training keep only what enters each block, and compute the rest again
+            for the gradient: less memory, a quarter more time.
     """
 
     def __init__(
@@ -29,31 +34,33 @@ class MLP(nn.Module):
         blocks: int = 4,
         features: int = 0,
         bandwidth: float = 3.0,
+        cond: Conditioning | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         width = validation.count("MLP", "width", width)
         blocks = validation.count("MLP", "blocks", blocks)
         features = validation.count("MLP", "features", features, at_least=0)
+        self.cond = cond
+        self.checkpointing = validation.flag("MLP", "checkpointing", checkpointing)
         size = math.prod(shape)
         generator = torch.Generator().manual_seed(0)
         self.register_buffer(
             "directions", bandwidth * torch.randn(size, features, generator=generator)
         )
-        self.embedding = NoiseEmbedding(width)
+        self.embedding = NoiseEmbedding(width, cond=cond)
         self.enter = nn.Linear(size + 2 * features, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, size))
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
+        self.leave = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), zeroed(nn.Linear(width, size)))
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
         """Output [B, ...] at scaled input ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
-        refuse_cond("MLP", cond)
-        level, flat = self.embedding(noise_level), x.flatten(1)
+        level = self.embedding(noise_level, checked_cond(self, self.cond, cond, len(x)))
+        flat = x.flatten(1)
         angles = flat @ self.directions.to(x)
         h = self.enter(torch.cat([flat, angles.sin(), angles.cos()], dim=1))
         for block in self.blocks:
-            h = block(h, level)
+            h = through(block, h, level, sparing=self.checkpointing and self.training)
         return self.leave(h).reshape(x.shape)
 
 
@@ -70,4 +77,4 @@ class _Block(nn.Module):
 
     def forward(self, h: Tensor, level: Tensor) -> Tensor:
         scale, shift = self.modulation(level).chunk(2, dim=1)
-        return h + self.mlp(self.norm(h) * (1 + scale) + shift)
+        return h + self.mlp(torch.addcmul(shift, self.norm(h), 1 + scale))

@@ -1,4 +1,4 @@
-"""A U-Net for images of any channel count and size from 8x8 up."""
+"""A U-Net for series, images and volumes of any channel count and size from 8 up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from score_models.networks.embedding import NoiseEmbedding, refuse_cond
+from score_models.conditioning import Conditioning
+from score_models.networks.blocks import (
+    CONV,
+    Down,
+    Dropout,
+    SelfAttention,
+    attending,
+    group_norm,
+    modulate,
+    spatial_axes,
+    through,
+    zeroed,
+)
+from score_models.networks.embedding import NoiseEmbedding, checked_cond
 from sde_lib import validation
 
 
@@ -16,11 +29,11 @@ class UNet(nn.Module):
     """Residual U-Net with self-attention at the coarse resolutions.
 
     Each resolution halves the one before (rounding up); the way up is resized to the size of its
-    skip connection, so that any size works. Attention is written out as two matrix products and a
-    softmax: one code path that has reverse-mode, forward-mode and second derivatives.
+    skip connection, so that any size works. Convolutions are along as many axes as samples have.
 
     Args:
-        shape: Shape of one sample, (channels, height, width), at least 8x8.
+        shape: Shape of one sample: (channels, length), (channels, height, width) or (channels,
+            depth, height, width), at least 8 along each axis.
         width: Channels at the finest resolution.
         multipliers: Channels at each resolution, in units of ``width``.
         blocks: Residual blocks at each resolution.
@@ -28,6 +41,9 @@ class UNet(nn.Module):
             coarsest.
         heads: Attention heads.
         dropout: Dropout rate in the residual blocks, in [0, 1).
+        cond: What it is conditioned on, see :mod:`score_models.conditioning`.
+        checkpointing: While training keep only what enters each block, and compute the rest again
+            for the gradient: less memory, a quarter more time.
     """
 
     def __init__(
@@ -39,34 +55,35 @@ class UNet(nn.Module):
         attention: Sequence[int] = (-1,),
         heads: int = 4,
         dropout: float = 0.1,
+        cond: Conditioning | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if len(shape) != 3 or min(shape[1:]) < 8:
-            raise ValueError(
-                "UNet needs images of shape (channels, height, width), at least 8x8; "
-                f"got {tuple(shape)}. For other shapes use network=mlp training=vectors."
-            )
+        axes = spatial_axes("UNet", shape)
         width = validation.count("UNet", "width", width)
         blocks = validation.count("UNet", "blocks", blocks)
         heads = validation.count("UNet", "heads", heads)
         validation.real("UNet", "dropout", dropout, at_least=0, below=1)
+        self.cond = cond
+        self.checkpointing = validation.flag("UNet", "checkpointing", checkpointing)
         channels = [width * validation.count("UNet", "multipliers", m) for m in multipliers]
-        attends = {range(len(channels))[i] for i in attention}
+        attends = attending("UNet", attention, len(channels))
         if width % heads:
             raise ValueError(
                 f"UNet needs width divisible by heads; got width={width}, heads={heads}."
             )
 
         def block(before: int, after: int, resolution: int) -> _Stage:
-            return _Stage(before, after, 4 * width, dropout, heads if resolution in attends else 0)
+            at = heads if resolution in attends else 0
+            return _Stage(before, after, 4 * width, dropout, at, axes)
 
-        self.embedding = NoiseEmbedding(4 * width)
-        self.enter = nn.Conv2d(shape[0], width, 3, padding=1)
+        self.embedding = NoiseEmbedding(4 * width, cond=cond)
+        self.enter = CONV[axes](shape[0], width, 3, padding=1)
         kept, current = [width], width
         self.down = nn.ModuleList()
         for resolution, size in enumerate(channels):
             if resolution:
-                self.down.append(_Down(current))
+                self.down.append(Down(current, axes))
                 kept.append(current)
             for _ in range(blocks):
                 self.down.append(block(current, size, resolution))
@@ -79,98 +96,56 @@ class UNet(nn.Module):
                 self.up.append(block(current + kept.pop(), size, resolution))
                 current = size
             if resolution:
-                self.up.append(_Up(current))
+                self.up.append(_Up(current, axes))
         self.leave = nn.Sequential(
-            _norm(current), nn.SiLU(), nn.Conv2d(current, shape[0], 3, padding=1)
+            group_norm(current), nn.SiLU(), zeroed(CONV[axes](current, shape[0], 3, padding=1))
         )
-        nn.init.zeros_(self.leave[-1].weight)
-        nn.init.zeros_(self.leave[-1].bias)
 
     def forward(self, x: Tensor, noise_level: Tensor, cond: Tensor | None = None) -> Tensor:
-        """Output [B, C, H, W] at scaled ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
-        refuse_cond("UNet", cond)
-        level = self.embedding(noise_level)
+        """Output [B, C, ...] at scaled ``x`` and ``noise_level`` [B] = log(sigma / alpha)."""
+        sparing = self.checkpointing and self.training
+        level = self.embedding(noise_level, checked_cond(self, self.cond, cond, len(x)))
         h = self.enter(x)
         kept = [h]
         for layer in self.down:
-            h = layer(h, level)
+            h = through(layer, h, level, sparing=sparing)
             kept.append(h)
-        h = self.middle(h, level)
+        h = through(self.middle, h, level, sparing=sparing)
         for layer in self.up:
             if isinstance(layer, _Up):
-                h = layer(h, kept[-1].shape[-2:])
+                h = layer(h, kept[-1].shape[2:])
             else:
-                h = layer(torch.cat([h, kept.pop()], dim=1), level)
+                h = through(layer, torch.cat([h, kept.pop()], dim=1), level, sparing=sparing)
         return self.leave(h)
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    groups = next(
-        g for g in (32, 16, 8, 4, 2, 1) if channels % g == 0 and channels // g >= 4 or g == 1
-    )
-    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class _Stage(nn.Module):
     """Residual block, scaled and shifted by the noise level; attention after it if ``heads``."""
 
     def __init__(
-        self, before: int, after: int, level_width: int, dropout: float, heads: int
+        self, before: int, after: int, level_width: int, dropout: float, heads: int, axes: int
     ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _norm(before), _norm(after)
-        self.conv1 = nn.Conv2d(before, after, 3, padding=1)
-        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        conv = CONV[axes]
+        self.norm1, self.norm2 = group_norm(before), group_norm(after)
+        self.conv1 = conv(before, after, 3, padding=1)
+        self.conv2 = zeroed(conv(after, after, 3, padding=1))
         self.modulation = nn.Linear(level_width, 2 * after)
-        self.dropout = nn.Dropout(dropout)
-        self.shortcut = nn.Conv2d(before, after, 1) if before != after else nn.Identity()
-        self.attention = _Attention(after, heads) if heads else nn.Identity()
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        self.dropout = Dropout(dropout)
+        self.shortcut = conv(before, after, 1) if before != after else nn.Identity()
+        self.attention = SelfAttention(after, heads, axes=axes) if heads else nn.Identity()
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        scale, shift = self.modulation(level)[:, :, None, None].chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        h = F.silu(modulate(self.norm2(h), self.modulation(level)))
         h = self.shortcut(x) + self.conv2(self.dropout(h))
         return self.attention(h)
 
 
-class _Attention(nn.Module):
-    """Self-attention over all pixels, residual."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.leave = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(
-            batch, 3, self.heads, channels // self.heads, height * width
-        )
-        q, k, v = qkv.unbind(1)  # [B, heads, D, pixels]
-        weights = (q.mT @ k * q.shape[2] ** -0.5).softmax(-1)
-        return x + self.leave((v @ weights.mT).reshape(x.shape))
-
-
-class _Down(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-
-    def forward(self, x: Tensor, level: Tensor) -> Tensor:
-        return self.conv(x)
-
-
 class _Up(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, axes: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = CONV[axes](channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
         # convolve before enlarging: a quarter of the work, and the next block mixes the copies

@@ -1,0 +1,155 @@
+"""A data set as mode=diagnose has seen it, and the error curves that need no training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from experiment.data import Dataset
+from experiment.diagnose_facts import Coordinates, Facts, Lattice, facts, lattice
+from experiment.diagnose_floor import known_floor, without_gaps
+from experiment.diagnose_levels import (
+    KERNEL_NUMBERS,
+    QUERIES,
+    QUERY_NUMBERS,
+    REFERENCE,
+    Curve,
+    gaussian_curve,
+    levels_for,
+    simple_curve,
+)
+from experiment.diagnose_samples import Part, Units
+from experiment.diagnose_spread import (
+    Distance,
+    PriorFit,
+    largest_distance,
+    nearest_distance,
+    spectrum,
+)
+from experiment.seeds import stream
+from experiment.training import trained_units
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A data set and the units of its model; what follows is worked out when it is asked for.
+
+    Args:
+        data: The data set.
+        train: Its training part.
+        test: Its test part.
+        units: Those that a model is trained in, spread over bins if it is.
+        centres: The same units at the middle of bins.
+        num_samples: Training samples for the covariance and what follows from it.
+        seed: Of what is drawn.
+    """
+
+    data: Dataset
+    train: Part
+    test: Part
+    units: Units
+    centres: Units
+    num_samples: int
+    seed: int
+
+    @classmethod
+    def of(
+        cls, data: Dataset, training: Mapping[str, Any], scan: int, num_samples: int, seed: int
+    ) -> Seen:
+        """``data`` as a model of these ``training`` settings would have it."""
+        train, test = (
+            Part(name, samples, data.shape, scan, seed)
+            for name, samples in (("train", data.train), ("test", data.test))
+        )
+        units = trained_units(training, data)
+        centres = trained_units({"dequantize": False}, data)
+        return cls(data, train, test, units, centres, num_samples, seed)
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """Of the training samples looked at."""
+        return Coordinates.of(self.train, self.centres)
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """Distances of these from their mean, [N]."""
+        return self.coordinates.radii(self.train, self.centres)
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What was counted."""
+        return facts(self.data, self.train, self.test, self.coordinates, self.radii)
+
+    @cached_property
+    def values(self) -> Lattice:
+        """The values of its numbers."""
+        return lattice(self.train, self.test)
+
+    @cached_property
+    def reach(self) -> Distance:
+        """Largest distance of two training samples."""
+        return largest_distance(self.train, self.centres, self.coordinates, self.radii)
+
+    @cached_property
+    def nearest(self) -> float:
+        """Median distance of a training sample from the nearest other one."""
+        return nearest_distance(self.train, self.centres, 2 * QUERIES)
+
+    @cached_property
+    def some(self) -> Tensor:
+        """Training samples in model units, [N, D] float64."""
+        return self.train.some(self.num_samples, self.units)
+
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Mean and variances along principal axes, [D] each."""
+        return spectrum(self.some)
+
+    @property
+    def prior(self) -> PriorFit:
+        """How far the noised data are from a prior."""
+        return PriorFit(*self.spectrum)
+
+    @cached_property
+    def curves(self) -> Curves:
+        """Errors against the noise level."""
+        return Curves.of(self)
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Errors against the noise level, on levels that hold all scales of the data.
+
+    Attributes:
+        gaussian: Of the best linear denoiser.
+        best: The least that is known: the floor itself where the density of the data is known,
+            else that of simple denoisers.
+        floor: The least possible, where it is known.
+    """
+
+    gaussian: Curve
+    best: Curve
+    floor: Tensor | None
+
+    @classmethod
+    def of(cls, seen: Seen) -> Curves:
+        """Those of a data set."""
+        mean, variances = seen.spectrum
+        clock = levels_for(variances, _finest(seen))
+        gaussian, floor = gaussian_curve(variances, clock), known_floor(seen.data, clock)
+        if floor is not None:
+            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor)
+        dims = len(variances)
+        reference = seen.some[: min(REFERENCE, max(2, KERNEL_NUMBERS // dims))]
+        queries = seen.test.some(max(QUERIES, QUERY_NUMBERS // dims), seen.units, "queries")
+        generator = stream(seen.seed, "diagnose kernel", 0)
+        return cls(gaussian, simple_curve(gaussian, mean, reference, queries, generator), None)
+
+
+def _finest(seen: Seen) -> float:
+    """A length below which the samples hold no structure that could be learnt."""
+    return seen.nearest / seen.train.dims**0.5

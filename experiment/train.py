@@ -83,6 +83,7 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
     if run.device().type == "cpu":
         keep_freed_memory()
     model, objective = _seeded(run, data)
+    speed.check(objective, run.device())
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(

@@ -1,8 +1,9 @@
 """Entry point: `python run.py sde=vp mode=train`, `mode=likelihood`; `--help` lists choices."""
 
-import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ from experiment.start import before_the_slow_imports
 
 CONF = Path(__file__).resolve().parent / "conf"
 OVERRIDES = [a for a in sys.argv[1:] if not a.startswith("-")]
+FLAGS = {a for a in sys.argv[1:] if a.startswith("-")}
 
 if __name__ == "__main__":
     before_the_slow_imports(CONF)
 
 import hydra  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+from hydra.core.hydra_config import HydraConfig  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from hydra.errors import HydraException, InstantiationException  # noqa: E402
 from omegaconf import DictConfig, OmegaConf  # noqa: E402
 from omegaconf.errors import OmegaConfBaseException  # noqa: E402
@@ -36,44 +40,31 @@ def compose(overrides: list[str]) -> dict[str, Any]:
     return OmegaConf.to_container(hydra.compose("config", overrides))
 
 
-def check_command_line() -> None:
-    """Compose once before hydra does, so that a wrong choice or a typo is told in one line."""
-    from experiment.config import check_added, check_choices, explain, walk
+def begun() -> AbstractContextManager[object]:
+    """Compose before hydra does, so that a wrong choice or a typo is told in one line."""
+    from experiment import command_line
 
-    groups = check_choices(OVERRIDES, CONF)
-    valid = [o for o in OVERRIDES if o.partition("=")[2] in groups.get(o.partition("=")[0], ())]
+    sweeps, errors = bool(FLAGS), (HydraException, OmegaConfBaseException)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        known = [*groups, *(key for key, _ in walk(compose(valid)))]
-        try:
-            compose(OVERRIDES)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(explain(str(error), OVERRIDES, known)) from error
-        check_added(OVERRIDES, known)
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        read = partial(parser.parse_overrides, OVERRIDES) if sweeps else None
+        made = command_line.begun(OVERRIDES, CONF, compose, read, errors)
     GlobalHydra.instance().clear()
+    return made
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(config: DictConfig) -> None:
-    """Compose, build, run one mode."""
-    from experiment.run import Run
+    """Compose, build, run one mode; within a sweep as one of its jobs."""
+    from experiment.command_line import act
 
-    plain = OmegaConf.to_container(config, resolve=True)
-    report_errors(lambda: Run(plain, instantiate, OVERRIDES, CONF).go())
-
-
-def report_errors(action: Callable[[], None]) -> None:
-    """Run ``action``; tell what the user can mend in one line, the rest with a traceback."""
-    from experiment.errors import EXPECTED, one_line
-
-    try:
-        action()
-    except EXPECTED as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(f"error: {one_line(error)}")
+    template = OmegaConf.to_container(config.run)["name"]
+    about = OmegaConf.to_container(HydraConfig.get())
+    act(OmegaConf.to_container(config, resolve=True), template, instantiate, about, CONF)
 
 
 if __name__ == "__main__":
-    if not any(a.startswith("-") for a in sys.argv[1:]):
-        report_errors(check_command_line)
-    main()
+    from experiment.command_line import report_errors
+
+    with report_errors(begun) if FLAGS <= {"-m", "--multirun"} else nullcontext():
+        main()

@@ -250,13 +250,14 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
         known: Keys and groups that exist.
     """
     absent = re.search(
-        r"Could not find '([^/']+)/([^']*)'\s+Available options in [^:]*:(.*?)Config",
+        r"Could not find '([^']+)/([^'/]*)'\s+Available options in [^:]*:(.*?)Config",
         message,
         re.S,
     )
     if absent:
         group, choice, options = absent.groups()
-        return f"unknown {group}={choice}; choose one of {', '.join(options.split())}."
+        more = "; pip install 'score-sde[sweep]' brings more" * (group == "hydra/launcher")
+        return f"unknown {group}={choice}; choose one of {', '.join(options.split())}{more}."
     if "override_grammar" in message or "Config group override must" in message:
         given = " ".join(message.partition("See http")[0].split())
         return (

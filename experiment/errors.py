@@ -22,6 +22,17 @@ class RunError(RuntimeError):
     """A run that cannot go on; the message says what, where, and what to do."""
 
 
+class LostError(RunError):
+    """The end of a process because another one is gone, which may have said why."""
+
+    def __init__(self, error: BaseException) -> None:
+        what = " ".join(str(error).split())[:200]
+        super().__init__(
+            f"another process of this run has ended or does not answer ({what}); the same "
+            "command goes on from the newest checkpoint."
+        )
+
+
 EXPECTED = (RunError, ValueError, OSError, ImportError, MemoryError, FloatingPointError)
 
 

@@ -30,11 +30,13 @@ class Identity:
         config: Plain nested dicts; ``resume.allow_change`` lists keys that may be others than the
             run was begun with.
         changeable: Keys that may always change, with all below them.
+        command: The arguments of Python that make this run; None: those it was started with.
     """
 
     folder: Path
     config: Mapping[str, Any]
     changeable: Sequence[str] = ()
+    command: Sequence[str] | None = None
 
     def write(self, *, begun: bool) -> None:
         """Write both; of a run that has ``begun``, hold the configuration to that of the run.
@@ -52,7 +54,7 @@ class Identity:
         about = {
             "name": self.config["run"]["name"],
             "created": _now(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *(self.command or sys.argv)]),
             "versions": versions(),
             "state": "training",
         }

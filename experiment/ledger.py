@@ -12,7 +12,7 @@ import numpy as np
 
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
-from experiment.evaluation import Evaluation
+from experiment.evaluation import UNITS, Evaluation
 from experiment.settings import Likelihood, units_of
 from experiment.side_files import read_json
 from score_models import ScoreModel
@@ -24,6 +24,15 @@ def evaluated(run_dir: Path, iteration: int, samples: int) -> bool:
         row.get("iteration") == iteration and is_own(row) and row.get("num_samples", 0) >= samples
         for row in _rows(run_dir / "likelihood.json")
     )
+
+
+def newest(run_dir: Path) -> str | None:
+    """The newest result of this run with its error, as it is printed; None if there is none."""
+    rows = [row for row in _rows(run_dir / "likelihood.json") if is_own(row)]
+    if not rows:
+        return None
+    row = rows[-1]
+    return f"{row['value']:.4f} ± {row['standard_error']:.4f} {UNITS[row['metric']]}"
 
 
 def is_own(row: Mapping[str, Any]) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,18 +35,10 @@ class Processes(ABC):
         """Meet the others.
 
         Raises:
-            RunError: If they do not come.
+            RunError: If they cannot be reached.
         """
-        if self.size == 1 or self._group is not None:
-            return
-        try:
-            dist = together()
-            self._group = dist.new_group(timeout=timedelta(seconds=self.timeout))
-        except Exception as error:  # of several types, by what went wrong
-            raise RunError(
-                f"process {self.rank} of {self.size} cannot reach the others: {error}. Start them "
-                "with torchrun, and look at its --rdzv-endpoint."
-            ) from error
+        if self.size > 1 and self._group is None:
+            self._group = together().new_group(timeout=timedelta(seconds=self.timeout))
 
     def share(self, batch_size: int) -> range:
         """The rows of a batch that this process works on.
@@ -59,6 +54,23 @@ class Processes(ABC):
         return range(
             batch_size * self.rank // self.size, batch_size * (self.rank + 1) // self.size
         )
+
+    def _settle(self, device: torch.device) -> None:
+        """Meet the others, each with a device of its own.
+
+        Raises:
+            RunError: If this machine has fewer GPUs than processes.
+        """
+        self.join()
+        if device.type != "cuda":
+            return
+        here, there = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > there:
+            raise RunError(
+                f"{here} processes on {socket.gethostname()} for {there} GPU(s), and each needs "
+                f"its own: start --nproc-per-node {there}, or train with device=cpu."
+            )
+        torch.cuda.set_device(device)
 
     @abstractmethod
     def spread(self, module: nn.Module, device: torch.device) -> nn.Module:
@@ -128,14 +140,17 @@ class DDP(Processes):
     def spread(self, module: nn.Module, device: torch.device) -> nn.Module:
         if self.size == 1:
             return module
-        self.join()
-        return nn.parallel.DistributedDataParallel(
-            module,
-            device_ids=[device] if device.type == "cuda" else None,
-            process_group=self._group,
-            gradient_as_bucket_view=True,
-            broadcast_buffers=False,
-        )
+        self._settle(device)
+        with warnings.catch_warnings():
+            # the name that comes after it is not in the oldest torch that is supported
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return nn.parallel.DistributedDataParallel(
+                module,
+                device_ids=[device] if device.type == "cuda" else None,
+                process_group=self._group,
+                gradient_as_bucket_view=True,
+                broadcast_buffers=False,
+            )
 
     def weights(self, module: nn.Module) -> list[nn.Parameter]:
         return list(module.parameters())
@@ -160,7 +175,7 @@ class FSDP(Processes):
     def spread(self, module: nn.Module, device: torch.device) -> nn.Module:
         if self.size == 1:
             return module
-        self.join()
+        self._settle(device)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

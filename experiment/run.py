@@ -31,11 +31,11 @@ from experiment.config import (
     fill_measured,
 )
 from experiment.data import Dataset
-from experiment.errors import RunError
+from experiment.errors import LostError, RunError
 from experiment.identity import Identity
 from experiment.measured import conditioned, measure
 from experiment.progress import say
-from experiment.shards import local_rank
+from experiment.shards import from_first, local_rank, lost, rank
 from experiment.snapshots import FOLDER
 from score_models import ScoreModel
 from sde_lib import validation
@@ -80,6 +80,7 @@ class Run:
         overrides: What of it was asked for on the command line, as ``key=value``.
         conf: The folder that it was composed from.
         average: Which average of the weights it is about, once :meth:`trained` has found it.
+        job: Its number in a sweep, None outside.
     """
 
     config: Mapping[str, Any]
@@ -87,6 +88,7 @@ class Run:
     overrides: Sequence[str] = ()
     conf: Path = Path("conf")
     average: Label = Label()
+    job: int | None = None
 
     def __post_init__(self) -> None:
         check_complete(self.config)
@@ -102,19 +104,38 @@ class Run:
         """Run the chosen mode.
 
         Raises:
-            RunError: If it cannot be done, also where a solver gives up.
+            RunError: If it cannot be done, also where a solver gives up, or another process.
         """
         if self.config["threads"] is not None:
             torch.set_num_threads(
                 validation.count("configuration", "threads", self.config["threads"])
             )
         try:
-            self.build("mode")(self)
+            self.build("mode")(self._agreed())
         except SamplingError as error:
             raise RunError(str(error)) from error
+        except RuntimeError as error:
+            if not lost(error):
+                raise
+            raise LostError(error) from error
         except KeyboardInterrupt:
             say("interrupted")
             raise SystemExit(128 + signal.SIGINT) from None
+
+    def _agreed(self) -> Run:
+        """This run in the directory of the first process: a time in run.name would make several.
+
+        Raises:
+            RunError: If the processes have different configurations.
+        """
+        theirs = from_first(self.config)
+        other = differences(theirs, self.config, ("run", "device", "threads"))
+        if other:
+            raise RunError(
+                f"process {rank()}, on {socket.gethostname()}, was started with other choices "
+                f"than the first ({'; '.join(other)}); start all with the same command."
+            )
+        return replace(self, config={**self.config, "run": theirs["run"]})
 
     @property
     def path(self) -> Path:
@@ -153,17 +174,20 @@ class Run:
         return validation.flag("run", "fresh", self.config["run"]["fresh"])
 
     def device(self) -> torch.device:
-        """The device asked for; ``auto`` is the first GPU if there is one, under torchrun its own.
+        """The device asked for; ``auto`` is the first GPU if there is one, under torchrun and in a
+        sweep one of its own.
 
         Raises:
             RunError: If there is no such device; the message lists those there are.
         """
         wanted = self.config["device"]
         there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        if wanted == "auto":
-            gpus = there[1:]
-            return torch.device(gpus[local_rank() % len(gpus)] if gpus else "cpu")
-        if wanted in there or (wanted == "cuda" and len(there) > 1):
+        gpus = there[1:]
+        if wanted == "auto" or (wanted == "cuda" and gpus):
+            return torch.device(
+                gpus[(local_rank() + (self.job or 0)) % len(gpus)] if gpus else "cpu"
+            )
+        if wanted in there:
             return torch.device(wanted)
         raise RunError(
             f"device={wanted} is not here; there is: {', '.join(there)} (or device=auto)."
@@ -329,7 +353,8 @@ class Run:
     @property
     def identity(self) -> Identity:
         """Its configuration and who ran it, as kept in its directory."""
-        return Identity(self.path, self.config, CHANGEABLE)
+        alone = None if self.job is None else ["run.py", *self.overrides]
+        return Identity(self.path, self.config, CHANGEABLE, alone)
 
     def write_config(self) -> None:
         """Keep the configuration, or hold this one to that of the run that is there.

@@ -1,4 +1,4 @@
-"""Work on a test set: shared by the processes of torchrun, halved where memory runs out."""
+"""Work shared by the processes of torchrun, and halved where memory runs out."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from experiment.progress import say
 from sde_lib.memory import in_halves
 
 Part = TypeVar("Part")
+# how the backends say that a peer is gone, or that its time is over
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out")
 
 
 def rank() -> int:
@@ -42,7 +44,7 @@ def alone(mode: str) -> None:
     if world_size() > 1:
         raise RunError(
             f"mode={mode} runs in one process; got {world_size()} of torchrun, which share only "
-            "mode=likelihood and mode=sample. Start it with python."
+            "mode=train, mode=likelihood and mode=sample. Start it with python."
         )
 
 
@@ -64,6 +66,30 @@ def gathered(parts: list[Part]) -> list[Part]:
     return [part for one in everyone for part in one]
 
 
+def from_first(value: Part) -> Part:
+    """The first process's ``value``, in every process."""
+    if world_size() == 1:
+        return value
+    told = [value]
+    together().broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def in_first(action: Callable[[], Part]) -> Part | None:
+    """``action`` in the first process alone; the others go on, with None, when it has succeeded.
+
+    If it fails the first process ends, and they with it: see :func:`lost`.
+    """
+    made = action() if rank() == 0 else None
+    from_first(None)
+    return made
+
+
+def lost(error: BaseException) -> bool:
+    """Whether ``error`` is that of a process that waits for one that is gone or hangs."""
+    return world_size() > 1 and any(mark in str(error) for mark in LOST)
+
+
 def first_alone(make: Callable[[], Part]) -> Part:
     """``make`` in the first process, then in the others, which find what it has left on disk."""
     if world_size() == 1:
@@ -82,7 +108,13 @@ def together() -> ModuleType:
 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=30))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=30))
+        except Exception as error:  # of several types, by what went wrong
+            raise RunError(
+                f"process {rank()} of {world_size()} cannot reach the others: {error}. Start them "
+                "with torchrun, and look at its --rdzv-endpoint."
+            ) from error
         atexit.register(dist.destroy_process_group)  # else its threads may end in an abort
     return dist
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from score_models import ScoreModel, faster
+from experiment.errors import RunError
+from score_models import Objective, ScoreModel, faster
 from score_models.acceleration import PRECISIONS
 from sde_lib import validation
 
@@ -50,6 +53,26 @@ class Speed:
         if self.ahead is not None:
             ahead = validation.count("speed", "ahead", self.ahead, at_least=0)
             object.__setattr__(self, "ahead", ahead)
+
+    def check(self, objective: Objective, device: torch.device) -> None:
+        """Refuse what could only fail in the first iteration.
+
+        Raises:
+            RunError: If a network that is to be compiled cannot be, or cannot be trained so.
+        """
+        if not self.compile:
+            return
+        if objective.second_derivatives:
+            raise RunError(
+                f"speed.compile=true: a compiled network has no second derivatives, of which "
+                f"{type(objective).__name__} makes its gradient; leave it out."
+            )
+        compilers = [name for name in (os.environ.get("CXX"), "g++", "clang++") if name]
+        if device.type == "cpu" and not any(map(shutil.which, compilers)):
+            raise RunError(
+                "speed.compile=true needs a C++ compiler on a CPU and the path has none of "
+                f"{', '.join(compilers)}. Install one, name it in CXX, or leave it out."
+            )
 
     def of_model(self, model: ScoreModel, device: torch.device) -> ScoreModel:
         """What computes the loss of ``model``; weights are shared."""

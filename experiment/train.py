@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +18,7 @@ from experiment.checkpoint import (
     Saver,
     check_weights,
     list_checkpoints,
+    load_checkpoint,
     load_newest,
     restoring,
     stored_config,
@@ -32,7 +36,7 @@ from experiment.report import renew_report
 from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
-from experiment.shards import rank
+from experiment.shards import first_alone, from_first, in_first, rank
 from experiment.snapshots import cut_snapshots, save_snapshot
 from experiment.speed import Speed, keep_freed_memory
 from experiment.state import State
@@ -85,6 +89,7 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
     if run.device().type == "cpu":
         keep_freed_memory()
     model, objective = _seeded(run, data)
+    speed.check(objective, run.device())
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(
@@ -100,14 +105,9 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
         dtype=PRECISIONS[speed.precision],
     )
     processes.join()
-    first = processes.rank == 0
     tracker = in_first_process(lambda: run.build("tracking"))
-    if run.fresh and first:
-        run.set_aside()
-    with run.owned() if first else nullcontext():
-        if first:
-            run.write_config()
-        processes.largest(0)  # the directory is there, and all are
+    with ExitStack() as held:
+        in_first(lambda: _own(run, held))
         state = State(
             model,
             objective,
@@ -118,8 +118,8 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
         )
         resumed = _resume(run, state, settings)
         whole = min(likelihood.max_samples or len(data.test), len(data.test))
-        scored = evaluated(run.path, state.iteration, whole)
-        if resumed and state.iteration >= settings.steps and scored:
+        scored = in_first(lambda: evaluated(run.path, state.iteration, whole))
+        if from_first(resumed and state.iteration >= settings.steps and scored):
             say(
                 f"already finished: {run.path} has {state.iteration} iterations. "
                 "`mode=likelihood` and `mode=sample` use it; training.steps=N goes on; "
@@ -141,9 +141,36 @@ def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     return model, objective
 
 
+def _own(run: Run, held: ExitStack) -> None:
+    """Take the directory of ``run`` while ``held`` lasts, and write what is being trained."""
+    if run.fresh:
+        run.set_aside()
+    held.enter_context(run.owned())
+    run.write_config()
+
+
+def _newest(run: Run) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint, that of the first process in all of them.
+
+    Raises:
+        RunError: If another process does not find it.
+    """
+    there = rank() == 0 and bool(list_checkpoints(run.checkpoints))
+    newest = load_newest(run.checkpoints) if there else None
+    path = from_first(newest and newest[0])
+    if path is None or rank() == 0:
+        return newest
+    if not path.exists():
+        raise RunError(
+            f"process {rank()}, on {socket.gethostname()}, does not find {path.absolute()}, from "
+            "which the first goes on; run.root must be a directory that all machines share."
+        )
+    return path, load_checkpoint(path)
+
+
 def _resume(run: Run, state: State, settings: Training) -> bool:
     """Load the newest whole checkpoint into ``state``; False if there is none."""
-    newest = load_newest(run.checkpoints) if list_checkpoints(run.checkpoints) else None
+    newest = _newest(run)
     if newest is None:
         return False
     path, stored = newest
@@ -214,6 +241,8 @@ class _Trainer:
                     should_stop=stopping.wanted,
                     augment=self.augment,
                 )
+                if not done:  # the signal may have come to another process
+                    stopping.signal = state.processes.largest(stopping.signal)
                 if done:
                     stopping.saved = True
                     self.evaluate(state)
@@ -288,14 +317,14 @@ class _Trainer:
             self.draw(state)
         except SamplingError as error:  # an early model may be too rough for a solver
             say(f"warning: evaluation at iteration {state.iteration} left out ({error})")
-        if self.first:
-            renew_report(self.run.path)
+        in_first(lambda: renew_report(self.run.path))  # within an iteration the others wait less
 
     def evaluate(self, state: State) -> None:
         """Likelihood of the whole test set and samples: the result of the run."""
         settings, run, model = self.likelihood, self.run, state.ema
-        made = dequantizer(
-            settings, self.data, model, run.path, f"{state.iteration:08d}", seed=run.seed
+        label = f"{state.iteration:08d}"
+        made = first_alone(
+            lambda: dequantizer(settings, self.data, model, run.path, label, seed=run.seed)
         )
         result = self.score(state, settings, "test likelihood", made)
         bounds = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -18,7 +19,13 @@ class Objective(ABC):
     Whoever trains may draw ahead, in another thread or process, for some rows of a batch or for
     all of them. An objective with weights or a state of its own is a ``torch.nn.Module`` too, in
     this order: ``class Mine(Objective, nn.Module)``; they are trained and stored with the model.
+
+    Attributes:
+        second_derivatives: Whether the loss holds derivatives of the network, so that its gradient
+            is a second one, which a compiled network does not have.
     """
+
+    second_derivatives: ClassVar[bool] = False
 
     def prepare(  # noqa: B027
         self, model: ScoreModel, x0: Tensor, cond: Tensor | None = None

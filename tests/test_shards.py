@@ -89,13 +89,13 @@ def test_the_first_process_makes_what_the_others_find(rank, wanted, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", str(rank))
     waiting = SimpleNamespace(barrier=lambda: seen.append("wait"))
-    monkeypatch.setattr(shards, "_together", lambda: waiting)
+    monkeypatch.setattr(shards, "together", lambda: waiting)
     assert shards.first_alone(lambda: seen.append("make") or 7) == 7
     assert seen == wanted
 
 
-def test_only_the_likelihood_is_shared(monkeypatch):
-    shards.alone("train")
+def test_what_is_not_shared_refuses_several_processes(monkeypatch):
+    shards.alone("compare")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RunError, match="mode=train runs in one process; got 2"):
-        shards.alone("train")
+    with pytest.raises(RunError, match="mode=compare runs in one process; got 2"):
+        shards.alone("compare")

@@ -22,9 +22,18 @@ from torch.testing import assert_close
 
 from experiment.batches import Recipe
 from experiment.data import Dataset
+from experiment.errors import RunError
 from experiment.faults import Faults
 from experiment.speed import LossScale, Speed
-from score_models import EDM, Classes, ScoreModel
+from experiment.state import State
+from score_models import (
+    EDM,
+    Classes,
+    DenoisingScoreMatching,
+    ScoreModel,
+    SlicedScoreMatching,
+    noise_regression,
+)
 from score_models.networks import MLP
 from sde_lib import VPSDE
 from sde_lib.oracles import Gaussian
@@ -71,6 +80,57 @@ def test_a_sample_that_does_not_fit_alone_stops_with_what_to_do(tmp_path, monkey
     state = plain_state(network=Small)
     with pytest.raises(MemoryError, match="with 1 samples at once; use a smaller network"):
         train(state, tmp_path, PLAIN)
+
+
+def test_a_compiled_network_trains_as_a_plain_one_and_is_stored_under_plain_names(tmp_path):
+    """By the backend that only takes the graph: code for the machine takes a minute to make."""
+    curves, states = [], []
+    for backend in (None, "aot_eager"):
+        state = plain_state()
+        if backend is not None:
+            network = torch.compile(state.model.network, backend=backend)
+            state.loss.model._modules["network"] = network
+        _, events = train(state, tmp_path, PLAIN)
+        curves.append([v["train/loss"] for kind, _, v in events if kind == "log"])
+        states.append(state.state_dict())
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert states[0]["model"].keys() == states[1]["model"].keys()
+    for name, values in states[0]["ema"].items():
+        assert_close(states[1]["ema"][name], values, rtol=1e-4, atol=1e-6)
+
+
+def test_what_cannot_be_compiled_is_refused_before_training(monkeypatch):
+    cpu, plain = torch.device("cpu"), DenoisingScoreMatching(noise_regression)
+    by_parts = SlicedScoreMatching(noise_regression)
+    Speed().check(by_parts, cpu)
+    with pytest.raises(RunError, match="no second derivatives, of which SlicedScoreMatching"):
+        Speed(compile=True).check(by_parts, cpu)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("CXX", "mine")
+    with pytest.raises(RunError, match=r"a C\+\+ compiler .* none of mine, g\+\+, clang"):
+        Speed(compile=True).check(plain, cpu)
+    monkeypatch.setattr("shutil.which", lambda name: name == "mine" or None)
+    Speed(compile=True).check(plain, cpu)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_between_log_points_the_host_does_not_wait_for_a_gpu(tmp_path):
+    torch.manual_seed(1)
+    model = ScoreModel(MLP((2,), width=16, blocks=1), VPSDE(), EDM(data_std=0.5)).cuda()
+    settings = replace(PLAIN, steps=30, log_every=10, checkpoint_every=30)
+    state, step = state_of(model, settings), State.update
+
+    def guarded(self, *arguments):
+        # what a line of the record or a checkpoint asks for comes after the update
+        torch.cuda.set_sync_debug_mode("error" if (self.iteration + 1) % 10 else "default")
+        return step(self, *arguments)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(State, "update", guarded)
+            assert train(state, tmp_path, settings)[0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class ScoreMatchingByParts(ScoreMatching):
 
     Reference: Hyvärinen, Estimation of Non-Normalized Statistical Models by Score Matching, 2005.
     """
+
+    second_derivatives: ClassVar[bool] = True
 
     def loss(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_conf import GROUPS, compose
+from test_conf import GROUPS, commands, compose
 
 import run
 from experiment.augment import augmentation
@@ -112,6 +112,21 @@ def test_every_recipe_trains_its_parts_together(recipe: str, tmp_path: Path) -> 
     assert done and len(logged) == 3 and all(math.isfinite(loss) for loss in logged)
     moved = [not torch.equal(a, b) for a, b in zip(before, state.weights, strict=True)]
     assert sum(moved) >= 1 and all(bool(w.isfinite().all()) for w in state.weights)
+
+
+@pytest.mark.parametrize(
+    "overrides", [c for c in commands(DOCS) if "mode=sample" in c], ids=" ".join
+)
+def test_samplers_of_the_page_can_walk_the_processes_of_their_recipes(
+    overrides: list[str],
+) -> None:
+    config = compose(*overrides)
+    sde, sampler = run.instantiate(config["sde"]), run.instantiate(config["sampler"])
+    sampler.check(sde)
+    if "cifar10_ddpm" in " ".join(overrides):  # each level once
+        times = sampler.grid(sde, sampler.steps)
+        levels = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
+        torch.testing.assert_close(times, levels, rtol=1e-9, atol=0)
 
 
 def test_each_comparison_on_mnist_is_told_and_has_a_directory_of_its_own() -> None:

@@ -14,30 +14,28 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+import torch
+from torch import Tensor, nn
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-
-from experiment.averages import Exponential  # noqa: E402
-from experiment.batches import Recipe  # noqa: E402
-from experiment.config import named  # noqa: E402
-from experiment.data import Dataset  # noqa: E402
-from experiment.speed import Speed, keep_freed_memory  # noqa: E402
-from experiment.state import State  # noqa: E402
-from experiment.training import Training, fit  # noqa: E402
-from score_models import (  # noqa: E402
+from experiment.averages import Exponential
+from experiment.batches import Recipe
+from experiment.config import named
+from experiment.data import Dataset
+from experiment.speed import Speed, keep_freed_memory
+from experiment.state import State
+from experiment.training import Training, fit
+from score_models import (
     EDM,
     DenoisingScoreMatching,
     ScoreModel,
     UniformTimes,
     noise_regression,
 )
-from score_models.networks import MLP, UNet  # noqa: E402
-from score_models.objective import score_matching_loss  # noqa: E402
-from sde_lib import VPSDE  # noqa: E402
+from score_models.networks import MLP, UNet
+from score_models.objective import score_matching_loss
+from sde_lib import VPSDE
 
+ROOT = Path(__file__).resolve().parents[1]
 EVERY = 50  # iterations between lines of the record, as mode=train has it
 
 
@@ -257,9 +255,9 @@ class Side:
 
     def __init__(self, case: Case, stack: ExitStack) -> None:
         self.case = case
-        command = [sys.executable, str(Path(__file__)), json.dumps(asdict(case))]
+        command = [sys.executable, "-m", "benchmarks.training_sides", json.dumps(asdict(case))]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         stack.enter_context(self.process)
         stack.callback(self.process.stdin.close)

@@ -108,6 +108,7 @@ class Average:
         self.profile = profile
         self.module = copy.deepcopy(trained).requires_grad_(False).eval()
         self.weights: list[Tensor] = list(self.module.parameters())
+        self.buffers: list[Tensor] = list(self.module.buffers())
         self.whole = True
 
     def hold(self, parts: list[Tensor]) -> None:
@@ -117,10 +118,11 @@ class Average:
         if not self.whole:
             self.weights = [part.detach().clone() for part in parts]
             self.module.cpu()
+            self.buffers = list(self.module.buffers())
 
     @torch.no_grad()
     def update(self, weights: list[Tensor], buffers: list[Tensor], iteration: int) -> None:
         """One more iteration: weights are averaged, buffers copied."""
         torch._foreach_lerp_(self.weights, weights, 1 - self.profile.kept(iteration))
-        for own, new in zip(self.module.buffers(), buffers, strict=True):
+        for own, new in zip(self.buffers, buffers, strict=True):
             own.copy_(new)

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from experiment.averages import Average, Exponential, Power
+from experiment.state import State
+from score_models import EDM, DenoisingScoreMatching, ScoreModel
+from sde_lib import VPSDE
 
 
 def averaged(profile, path: torch.Tensor) -> list[float]:
@@ -67,3 +70,32 @@ def test_a_constant_path_is_its_own_average():
 def test_widths_that_no_power_has_are_refused(width):
     with pytest.raises(ValueError, match="power_ema"):
         Power(width)
+
+
+class Counting(nn.Module):
+    """A network with one buffer that is replaced in each pass, and one that has two homes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+        self.register_buffer("passes", torch.zeros(()))
+        self.register_buffer("nothing", None)
+        self.inner.register_buffer("shared", torch.ones(2))
+        self.register_buffer("too", self.inner.shared)
+
+    def forward(self, x: torch.Tensor, noise_level: torch.Tensor, cond=None) -> torch.Tensor:
+        self.passes = self.passes + 1
+        return self.inner(x)
+
+
+def test_averages_hold_the_newest_buffers_whether_replaced_or_shared():
+    model, objective = ScoreModel(Counting(), VPSDE(), EDM(0.5)), DenoisingScoreMatching()
+    state = State(model, objective, [Exponential(), Power()], {"lr": 1e-3})
+    for number in (1, 2, 3):
+        loss = objective(model, torch.ones(2, 1)).mean()
+        loss.backward()
+        model.network.inner.shared.fill_(number)
+        state.update(loss.detach(), 1e-3, 1.0)
+        for average in (state.average(0), state.average(1)):
+            assert float(average.model.network.passes) == number
+            assert average.model.network.too.tolist() == [number, number]

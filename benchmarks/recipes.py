@@ -1,7 +1,7 @@
 """What each recipe reaches: trains it from the command line and prints the README's table.
 
-python benchmarks/recipes.py              all of them, one after the other (hours)
-python benchmarks/recipes.py vp subvp     some of them
+python benchmarks/recipes.py              those for a CPU, one after the other (hours)
+python benchmarks/recipes.py vp subvp     some of them; those for a GPU (days) by their names alone
 python benchmarks/recipes.py --root DIR   where the runs go; finished ones are not trained again
 """
 
@@ -15,7 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PLANE = ("eight_gaussians", "checkerboard", "two_moons", "rings", "swiss_roll", "two_spirals")
 RECIPES = {sde: [f"sde={sde}"] for sde in ("vp", "subvp", "ve", "edm", "cosine")}
-RECIPES |= {"digits_best": ["experiment=digits_best"]} | {name: [f"data={name}"] for name in PLANE}
+RECIPES |= {name: [f"data={name}"] for name in PLANE}
+RECIPES |= {
+    name: [f"experiment={name}"]
+    for name in ("digits_best", "ncsn", "points", "mnist", "fashion_mnist")
+}
+RECIPES["tabular"] = ["experiment=tabular", "data=patches"]  # a table without a download
+CIFAR10 = ("vp", "subvp", "ve", "ddpm", "iddpm", "edm", "scoreflow")
+LONG = {name: [f"experiment={name}"] for name in ("mnist_gpu", *(f"cifar10_{n}" for n in CIFAR10))}
 
 
 def run_directory(root: Path, choices: list[str]) -> Path:
@@ -47,16 +54,17 @@ def measure(root: Path, choices: list[str]) -> str:
 
 
 def main() -> None:
+    known = RECIPES | LONG
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="RECIPE", help=", ".join(RECIPES))
+    parser.add_argument("names", nargs="*", metavar="RECIPE", help=", ".join(known))
     parser.add_argument("--root", type=Path, default=Path("runs"))
     options = parser.parse_args()
-    unknown = [name for name in options.names if name not in RECIPES]
+    unknown = [name for name in options.names if name not in known]
     if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(RECIPES)}")
+        parser.error(f"unknown: {', '.join(unknown)}; there are: {', '.join(known)}")
     print("| choices | test set | above the entropy | iterations | time |\n" + "| --- " * 5 + "|")
     for name in options.names or RECIPES:
-        print(measure(options.root, RECIPES[name]), flush=True)
+        print(measure(options.root, known[name]), flush=True)
 
 
 if __name__ == "__main__":

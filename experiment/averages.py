@@ -7,6 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Profile(ABC):
     @abstractmethod
     def name(self) -> str:
         """What the average is called, in files too."""
+
+    combines: ClassVar[bool] = False  # whether such averages make others, after training
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Power(Profile):
         width: In (0, 0.28]; 0.1 is a tenth of the training.
     """
 
+    combines: ClassVar[bool] = True
+
     width: float = 0.1
 
     def __post_init__(self) -> None:
@@ -103,6 +108,7 @@ class Average:
         self.profile = profile
         self.module = copy.deepcopy(trained).requires_grad_(False).eval()
         self.weights: list[Tensor] = list(self.module.parameters())
+        self.buffers: list[Tensor] = list(self.module.buffers())
         self.whole = True
 
     def hold(self, parts: list[Tensor]) -> None:
@@ -112,10 +118,11 @@ class Average:
         if not self.whole:
             self.weights = [part.detach().clone() for part in parts]
             self.module.cpu()
+            self.buffers = list(self.module.buffers())
 
     @torch.no_grad()
     def update(self, weights: list[Tensor], buffers: list[Tensor], iteration: int) -> None:
         """One more iteration: weights are averaged, buffers copied."""
         torch._foreach_lerp_(self.weights, weights, 1 - self.profile.kept(iteration))
-        for own, new in zip(self.module.buffers(), buffers, strict=True):
+        for own, new in zip(self.buffers, buffers, strict=True):
             own.copy_(new)

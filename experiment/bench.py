@@ -156,8 +156,9 @@ class Bench:
 
     def fitted(self, sampler: Sampler) -> Sampler:
         """As mode=sample has it."""
-        folder = self.run.path / "fitted"
-        return fitted(sampler, self.model, self.train[:1], checkpoint=self.path, folder=folder)
+        where = {"checkpoint": self.path, "folder": self.run.fitted}
+        where["objective"] = self.run.average.objective
+        return fitted(sampler, self.model, self.train[:1], **where)
 
     def draw(self, sampler: Sampler, count: int) -> tuple[Tensor, int]:
         """Samples [count, ...] and the evaluations of each; sample i depends on seed i alone."""

@@ -51,7 +51,7 @@ def calibrate(run: Run, *, num_samples: int = NUM_SAMPLES, levels: int = LEVELS)
     for i in range(0, levels, max(1, (levels - 1) // 10)):
         say(f"  {float(variance.clock[i]):7.2f}  {float(variance.unresolved[i]):.4f}")
     like = torch.zeros(1, *data.shape, device=run.device())
-    fitted(FlowAdams(), model, like, checkpoint=path, folder=run.path / "fitted")
+    fitted(FlowAdams(), model, like, checkpoint=path, folder=run.fitted)
 
 
 def calibrated(
@@ -81,4 +81,4 @@ def calibrated(
         steps=levels - 1,
         generator=stream(run.seed, "calibrate", 1),
     )
-    return variance, keep_variance(variance, checkpoint, run.path / "fitted")
+    return variance, keep_variance(variance, checkpoint, run.fitted)

@@ -32,7 +32,9 @@ class CheckpointError(RunError):
         super().__init__(f"checkpoint {path}: {reason}; {remedy}")
 
 
-def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+def save_checkpoint(
+    folder: Path, iteration: int, state: Mapping[str, Any], keep: int | None = 2
+) -> Path:
     """Write ``step-<iteration>.pt`` and its digest beside it, then drop all but the newest
     ``keep`` up to this one.
 
@@ -43,7 +45,7 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
         folder: Made if it is not there.
         iteration: Iterations done.
         state: Tensors, numbers, strings, and dicts or lists of them.
-        keep: How many to keep, >= 1.
+        keep: How many to keep, >= 1; None for all.
 
     Raises:
         OSError: If the disk refuses; no partial file stays behind.
@@ -63,10 +65,15 @@ def save_checkpoint(folder: Path, iteration: int, state: Mapping[str, Any], keep
         raise
     # later ones were passed over as damaged when the run went on: no reason to drop good ones
     earlier = [old for old in list_checkpoints(folder) if old.name <= path.name]
-    for old in earlier[:-keep]:
-        old.unlink(missing_ok=True)
-        _digest_path(old).unlink(missing_ok=True)
+    for old in earlier[:-keep] if keep else ():
+        remove_checkpoint(old)
     return path
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, and then its digest."""
+    path.unlink(missing_ok=True)
+    _digest_path(path).unlink(missing_ok=True)
 
 
 class Saver:
@@ -149,6 +156,11 @@ def _remove_stray_digests(folder: Path) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """All checkpoints in ``folder`` by iteration, the newest last; found by scanning."""
     return sorted(path for path in folder.glob("step-*.pt") if NAME.fullmatch(path.name))
+
+
+def iteration_of(path: Path) -> int:
+    """The iteration that the name of a checkpoint says."""
+    return int(NAME.fullmatch(path.name)[1])
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def act(
     directory = Path(config["run"]["root"]) / name
 
     def go() -> None:
-        Run(config, instantiate, overrides, conf, about["num"]).go()
+        Run(config, instantiate, overrides, conf, job=about["num"]).go()
 
     job.carry_out(go, config, directory)
 

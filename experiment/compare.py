@@ -75,10 +75,11 @@ def compare(
     planned = bench.planned(chosen)
     refuse_all([_why(t.name, t.asked, t.refused) for t in planned])
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
-        digest = hashlib.sha256(f"{asked} {run.seed} {path.absolute()}".encode()).hexdigest()[:6]
+        identity = f"{asked} {run.seed} {path.absolute()}{run.average.suffix}"
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:6]
         record = run.path / "compare" / f"compare-{iteration:08d}-{digest}.json"
         about = {"iteration": iteration, "checkpoint": str(path), "seed": run.seed}
-        about |= {"begun": time.time()}
+        about |= {"begun": time.time(), **run.average.as_row()}
         found = measured(bench.solved(), planned, about, record)
         picture = run.path / "figures" / f"{record.stem}.png"
         tracker.image("compare", plot_comparison(found, picture), iteration)

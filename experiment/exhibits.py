@@ -84,6 +84,7 @@ def drawn_by(about: Row) -> str:
         for key in ("eta", "temperature")
         if is_number(about.get(key)) and about[key] != 1
     ]
+    parts += [f"average {about['average']}"] if about.get("average") else []
     precision = about.get("precision", "float32")
     return ", ".join(parts + ([] if precision == "float32" else [str(precision)]))
 
@@ -99,6 +100,20 @@ def comparison(run_dir: Path) -> str:
     _, path, record = found[0]
     note = "" if record.get("complete", True) else plain("Not complete: it was stopped, or runs.")
     return note + _figure_of(run_dir, path, record) + _results(record)
+
+
+def widths(run_dir: Path) -> str:
+    """The figure of the latest iteration of which averages were compared."""
+    found = _trained(run_dir / "figures/averages")[:1]
+    return "".join(
+        picture(
+            path,
+            f"Likelihood by width of the average, iteration {iteration}, less that of the average "
+            "of training on the same samples, with its standard error; hollow: put together from "
+            "snapshots",
+        )
+        for iteration, path in found
+    )
 
 
 def _compared(run_dir: Path) -> Iterator[tuple[tuple[float, ...], Path, Row]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ def fitted(
     checkpoint: Path,
     folder: Path,
     drawn_by: ScoreModel | None = None,
+    objective: Mapping[str, Tensor] | None = None,
 ) -> Sampler:
     """``sampler`` with what it wants to know of ``model``: as it was found before for the same
     weights, or else found now and kept.
@@ -44,6 +45,7 @@ def fitted(
         folder: Where that is kept.
         drawn_by: The same weights as they will sample, in half precision or compiled: a variance
             head goes on its features. ``model`` if not given.
+        objective: See :func:`experiment.variance_heads.learned_variance`.
 
     Raises:
         RunError: If it wants a variance and the mode that finds it has not run.
@@ -51,7 +53,9 @@ def fitted(
     if sampler.wanted:
         return sampler.given(
             {
-                name: _variance_of(name, sampler, drawn_by or model, like, checkpoint, folder)
+                name: _variance_of(
+                    name, sampler, drawn_by or model, like, checkpoint, folder, objective
+                )
                 for name in sampler.wanted
             }
         )
@@ -76,14 +80,21 @@ def _fit(content: dict[str, Any]) -> Fit:
 
 
 def _variance_of(
-    name: str, sampler: Sampler, model: ScoreModel, like: Tensor, checkpoint: Path, folder: Path
+    name: str,
+    sampler: Sampler,
+    model: ScoreModel,
+    like: Tensor,
+    checkpoint: Path,
+    folder: Path,
+    objective: Mapping[str, Tensor] | None,
 ) -> ReverseVariance:
     """The variance of this name as it was found before."""
     if name == "analytic":
         variance = kept_variance(checkpoint, folder)
     elif name == "learned":
         shape = tuple(like.shape[1:])
-        variance = learned_variance(checkpoint, digest_of(checkpoint), folder, model, shape)
+        where = {"folder": folder, "objective": objective}
+        variance = learned_variance(checkpoint, digest_of(checkpoint), model, shape, **where)
     else:
         variance = kept_head(name, digest_of(checkpoint), folder, model)
     if variance is None:

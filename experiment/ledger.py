@@ -36,9 +36,10 @@ def newest(run_dir: Path) -> str | None:
 
 
 def is_own(row: Mapping[str, Any]) -> bool:
-    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in."""
+    """Whether a row of ``likelihood.json`` is of a checkpoint of the run that it lies in, and of
+    the average that training evaluates."""
     name = str(row.get("checkpoint", ""))
-    return Path(name).name == name
+    return Path(name).name == name and not row.get("average")
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -77,11 +78,13 @@ def append_evaluation(
     settings: Likelihood,
     checkpoint: str,
     bounds: HasRow | None = None,
+    average: Mapping[str, Any] | None = None,
 ) -> None:
     """Add one row to ``likelihood.json``, with what it takes to repeat it.
 
     ``checkpoint`` is the name of a file of this run, or the path of another run's; ``bounds`` what
-    else was estimated of the same samples.
+    else was estimated of the same samples; ``average`` which of the weights, if
+    not the first.
     """
     path = run_dir / "likelihood.json"
     row = result.as_row()
@@ -93,6 +96,7 @@ def append_evaluation(
         "data": data.name,
         "entropy": data.entropy,
         "checkpoint": checkpoint,
+        **(average or {}),
         "dequantization": _dequantized(data, settings),
         "settings": str(settings),
         "note": f"probability-flow ODE; density at {_where(model, data, settings)}",

@@ -44,6 +44,7 @@ def likelihood(run: Run) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")
+    label += run.average.suffix
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         try:
             made = first_alone(
@@ -59,8 +60,8 @@ def likelihood(run: Run) -> None:
                 say(f"each sample: {values}")
             bounds = None
             if settings.bounds:
-                weights, heads = digest_of(path), run.path / "fitted"
-                learned = learned_variance(path, weights, heads, model, data.shape)
+                where = {"folder": run.fitted, "objective": run.average.objective}
+                learned = learned_variance(path, digest_of(path), model, data.shape, **where)
                 more = {"dequantization": made, "learned": learned}
                 bounds = estimate(model, data, settings, result, seed=run.seed, **more)
         except SamplingError as error:
@@ -70,8 +71,9 @@ def likelihood(run: Run) -> None:
         if bounds is not None:
             show_estimates(bounds)
         name = path.name if own else str(path.absolute())
-        append_evaluation(run.path, result, iteration, model, data, settings, name, bounds)
-        if own:  # the record and its views are those of this run's training
+        more = {"bounds": bounds, "average": run.average.as_row()}
+        append_evaluation(run.path, result, iteration, model, data, settings, name, **more)
+        if own and not run.average.name:  # the record and its views are of this run's training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
     say(renew_report(run.path))

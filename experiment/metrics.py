@@ -80,6 +80,7 @@ NUMBERS = (
 PICTURES = (
     Picture("samples/grid", SAMPLES, "Samples of the averaged model"),
     Picture("compare", SAMPLES, "Samplers by what they cost"),
+    Picture("averages", LIKELIHOOD, "Likelihood by width of the average"),
 )
 CURVES = (Curve("diagnose/loss", LOSS, "Loss against noise level", "sigma/alpha", "loss"),)
 UNITS = {metric.name: metric.unit for metric in NUMBERS if metric.estimate}

@@ -12,7 +12,7 @@ from typing import Any
 from experiment import figures
 from experiment.canvas import write_picture
 from experiment.diagnose_page import diagnosis
-from experiment.exhibits import comparison, samples
+from experiment.exhibits import comparison, samples, widths
 from experiment.ledger import is_own
 from experiment.page import is_number, load, page, picture, plain
 from experiment.record import ITERATION, Record
@@ -33,7 +33,7 @@ COLUMNS = {
     "seconds": "seconds",
     "how": "how",
 }
-HOW = ("sde", "how", "note", "checkpoint")
+HOW = ("sde", "how", "note", "checkpoint", "average")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -83,6 +83,7 @@ def write_report(run_dir: str | Path) -> Path:
         **samples(run_dir),
         "Samplers compared": comparison(run_dir),
         "Likelihood": bits or plain("No evaluation yet."),
+        "Averages of the weights": widths(run_dir),
         "Where the bits are": _information(run_dir, evaluations),
         "Three estimates of one likelihood": _bounds(run_dir, evaluations),
         "What the data ask for": diagnosis(run_dir),

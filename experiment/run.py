@@ -22,6 +22,7 @@ from experiment.checkpoint import (
     remove_partial_files,
     stored_config,
 )
+from experiment.chosen import Label, choose
 from experiment.config import (
     asked_for,
     check_complete,
@@ -35,6 +36,7 @@ from experiment.identity import Identity
 from experiment.measured import conditioned, measure
 from experiment.progress import say
 from experiment.shards import from_first, local_rank, lost, rank
+from experiment.snapshots import FOLDER
 from score_models import ScoreModel
 from sde_lib import validation
 from sde_lib.samplers import SamplingError
@@ -48,6 +50,7 @@ CHANGEABLE = (
     "tracking",
     "run",
     "checkpoint",
+    "average",
     "device",
     "threads",
     "speed",
@@ -57,6 +60,7 @@ CHANGEABLE = (
     "training.log_every",
     "training.checkpoint_every",
     "training.evaluate_every",
+    "training.snapshot_every",
     "training.max_seconds",
     "experiment",
     "data.root",
@@ -75,6 +79,7 @@ class Run:
         instantiate: Builds the object that one node of the configuration describes.
         overrides: What of it was asked for on the command line, as ``key=value``.
         conf: The folder that it was composed from.
+        average: Which average of the weights it is about, once :meth:`trained` has found it.
         job: Its number in a sweep, None outside.
     """
 
@@ -82,6 +87,7 @@ class Run:
     instantiate: Callable[[Mapping[str, Any]], Any]
     overrides: Sequence[str] = ()
     conf: Path = Path("conf")
+    average: Label = Label()
     job: int | None = None
 
     def __post_init__(self) -> None:
@@ -142,6 +148,17 @@ class Run:
         return self.path / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        """Where those of its power averages are."""
+        return self.path / FOLDER
+
+    @property
+    def fitted(self) -> Path:
+        """Where what is found out about its weights is kept, by the digest of the checkpoint; each
+        average has a place of its own."""
+        return self.path / "fitted" / self.average.name
+
+    @property
     def seed(self) -> int:
         """Seed of everything random."""
         seed = self.config["seed"]
@@ -197,8 +214,8 @@ class Run:
         return replace(self, config=config | {"measured": found.as_node()})
 
     def trained(self) -> tuple[Run, ScoreModel, Path, int]:
-        """The run, the EMA model, the file and the iteration of the newest checkpoint, or of
-        ``checkpoint=PATH``.
+        """The run, the model of averaged weights, the file and the iteration of the newest
+        checkpoint, or of ``checkpoint=PATH``; ``average=...`` chooses another than the first.
 
         Network, process and parameterization come from the configuration *stored with it*, and
         asking for others is an error; ``training`` says how that model was trained; the rest is
@@ -245,14 +262,15 @@ class Run:
             )
         kept = {**parts, "training": training, "run": self._home(path)}
         kept["measured"] = measured_data
-        run = replace(self, config={**self.config, **kept})
+        chosen = choose(self.config.get("average"), path, state, training)
+        run = replace(self, config={**self.config, **kept}, average=chosen.label)
         model = run.build_model()
-        load_weights(model, state.get("ema"), path)
+        load_weights(model, chosen.weights, path)
         return (
             run,
             model.to(self.device()).eval().requires_grad_(False),
             path,
-            int(state["iteration"]),
+            chosen.iteration,
         )
 
     def _home(self, checkpoint: Path) -> dict[str, Any]:
@@ -314,7 +332,8 @@ class Run:
                 f"{time.strftime('%Y-%m-%d %H:%M:%S')}"
             )
             handle.flush()
-            remove_partial_files(self.checkpoints)
+            for folder in (self.checkpoints, self.snapshots):
+                remove_partial_files(folder)
             yield
 
     def set_aside(self) -> None:

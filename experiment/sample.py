@@ -78,10 +78,9 @@ def sample(
     data = as_trained(data, run.config)
     sampler.check(model.sde)
     quick = faster(model, precision=precision, compile=compile)
-    like, place = torch.zeros(1, *data.shape, device=run.device()), run.path / "fitted"
-    made = first_alone(
-        lambda: fitted(sampler, model, like, checkpoint=path, folder=place, drawn_by=quick)
-    )
+    like = torch.zeros(1, *data.shape, device=run.device())
+    where = {"checkpoint": path, "folder": run.fitted, "objective": run.average.objective}
+    made = first_alone(lambda: fitted(sampler, model, like, drawn_by=quick, **where))
     made = Captured(made) if asked.cuda_graph else made
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
         parts, seconds = _drawn(run, quick, made, data.shape, asked)
@@ -89,11 +88,13 @@ def sample(
             return  # the first process has all samples and writes them
         values = data.units.decode(torch.cat([part.samples for part in parts]))
         about = _about(run, sampler, asked, path) | {
+            **run.average.as_row(),
             "iteration": iteration,
             "nfe": max(part.nfe for part in parts),
             "seconds": seconds,
         }
-        digest = hashlib.sha256(asked.identity(sampler, run.seed, path).encode()).hexdigest()[:6]
+        identity = asked.identity(sampler, run.seed, path) + run.average.suffix
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:6]
         name = f"{iteration:08d}-{about['sampler']}-{about['nfe']}-{digest}"
         array = run.path / "samples" / f"samples-{name}.npz"
         keep(values, [seed for part in parts for seed in part.seeds], about, array)
@@ -182,6 +183,7 @@ def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path)
         samples=values.numpy(),
         seeds=np.array(seeds, dtype=np.uint64),
         sampler=about["repr"],
+        average=about.get("average", ""),
         **{key: about[key] for key in known},
     )
 

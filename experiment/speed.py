@@ -16,7 +16,7 @@ from score_models import Objective, ScoreModel, faster
 from score_models.acceleration import PRECISIONS
 from sde_lib import validation
 
-MMAP_THRESHOLD, TRIM_THRESHOLD, TOP_PAD = -3, -1, -2  # of mallopt(3)
+MMAP_MAX, TRIM_THRESHOLD, TOP_PAD = -4, -1, -2  # of mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,11 @@ class LossScale:
 def keep_freed_memory() -> None:
     """On Linux, let the process keep what tensors have freed: the next step wants it again.
 
-    Else each step gives its activations back to the kernel, which clears every page again.
+    Else each step gives its activations back to the kernel, which clears every page again: 6 to
+    10 % of the time of a U-Net's step on a CPU, at batch 64 and 256. A threshold on the size of
+    single blocks would not do, as glibc takes none above 32 MB.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        for option, size in ((MMAP_THRESHOLD, 2**25), (TRIM_THRESHOLD, 2**30), (TOP_PAD, 2**26)):
-            libc.mallopt(option, size)
+        for option, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, 2**26)):
+            libc.mallopt(option, value)

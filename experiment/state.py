@@ -63,6 +63,7 @@ class State:
         quick = BatchLoss(self.speed.of_model(model, self.device), objective)
         self.loss = self.processes.spread(quick, self.device)
         self.weights = self.processes.weights(self.trained)
+        self._keepers = [module for module in self.trained.modules() if module._buffers]
         self.names = [name for name, _ in self.trained.named_parameters()]
         for average in self.averages:
             average.hold(self._parts(average.weights))
@@ -124,12 +125,19 @@ class State:
             return norm, skip
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.grad_scale, self.optimizer.found_inf = divisor, skip.float()
+        self.optimizer.grad_scale = divisor
+        self.optimizer.found_inf = None if self.device.type == "cpu" else skip.float()
         self.optimizer.step()
-        buffers = list(self.trained.buffers())
+        weights, buffers = [*self.weights], self._buffers()
         for average in self.averages:
-            average.update([*self.weights], buffers, self.iteration)
+            average.update(weights, buffers, self.iteration)
         return norm, skip
+
+    def _buffers(self) -> list[Tensor]:
+        """Of all that is trained, as they are now, without a walk through modules that have
+        none."""
+        found = (b for module in self._keepers for b in module._buffers.values() if b is not None)
+        return list(dict.fromkeys(found))  # each once, as the module itself lists them
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on to the bit; batches and noise follow from (seed, iteration).
@@ -150,6 +158,17 @@ class State:
             "optimizer": self._optimizer_state(),
             "loss_scale": self.scale.state_dict(),
             "skipped": self.faults.skipped,
+        }
+
+    def snapshot(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """The averages that others can be made of, by name, as :meth:`state_dict` has them.
+
+        All processes have to ask.
+        """
+        return {
+            average.profile.name: self._stored(average.module, average.weights)
+            for average in self.averages
+            if average.profile.combines
         }
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -37,6 +37,7 @@ from experiment.run import Run
 from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, from_first, in_first, rank
+from experiment.snapshots import cut_snapshots, save_snapshot
 from experiment.speed import Speed, keep_freed_memory
 from experiment.state import State
 from experiment.stopping import REQUEUE, Stopping
@@ -66,6 +67,11 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
         raise RunError(
             f"checkpoint={run.config['checkpoint']} is for mode=likelihood and mode=sample; "
             "training goes on from the newest checkpoint of its own directory, run.root/run.name."
+        )
+    if run.config.get("average") is not None:
+        raise RunError(
+            f"average={run.config['average']} is for the modes that use a trained model; training "
+            "keeps those of training.ema and training.power_ema, and evaluates the first."
         )
     validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
@@ -211,6 +217,7 @@ class _Trainer:
         run = self.run
         if self.first:
             self.record.cut(state.iteration)
+            cut_snapshots(self.run.snapshots, state.iteration)
         name = run.config["run"]["name"]
         say(
             f"{name}: {len(self.data.train)} training samples of shape {self.data.shape}, "
@@ -230,6 +237,7 @@ class _Trainer:
                     on_log=self.log,
                     on_checkpoint=self.checkpoint,
                     on_evaluate=self.glance,
+                    on_snapshot=self.snapshot,
                     should_stop=stopping.wanted,
                     augment=self.augment,
                 )
@@ -287,6 +295,19 @@ class _Trainer:
         if not self.first:
             return
         self.save(state.iteration, contents, last=state.iteration >= self.settings.steps)
+
+    def snapshot(self, state: State) -> None:
+        """Keep the power averages; a full disk costs this snapshot and not the run."""
+        averages = state.snapshot()
+        if not self.first:
+            return
+        try:
+            save_snapshot(self.run.snapshots, state.iteration, averages)
+        except OSError as error:
+            say(
+                f"warning: snapshot at iteration {state.iteration} not written ({error}); "
+                "averages will be put together without it."
+            )
 
     def glance(self, state: State) -> None:
         """A point of the curve: likelihood of a part of the test set, samples; never fatal."""

@@ -84,7 +84,7 @@ def train_variance(
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run, model, checkpoint, _ = run.trained()
     data = as_trained(data, run.config)
-    weights, folder = digest_of(checkpoint), run.path / "fitted"
+    weights, folder = digest_of(checkpoint), run.fitted
     path, half_way = (at(kind, weights, folder) for at in (head_path, unfinished_path))
     there = None if fresh else read_head(path, kind, weights)
     if there is not None and there.finished:

@@ -50,6 +50,8 @@ class Training:
             first for that; see :class:`experiment.averages.Exponential`.
         power_ema: Widths of averages over a share of the training, for
             :mod:`experiment.posthoc`; see :class:`experiment.averages.Power`.
+        snapshot_every: Iterations between snapshots of these, of which the average of any width is
+            made after training. None: there are none.
         label_dropout: Share of samples trained without their conditioning, for classifier-free
             guidance, in [0, 1).
         max_skipped: How many iterations with a loss or gradient that is not finite may be passed
@@ -72,6 +74,7 @@ class Training:
     dequantize: bool = True
     ema: float | Sequence[float] = 0.999
     power_ema: Sequence[float] = ()
+    snapshot_every: int | None = None
     label_dropout: float = 0.0
     max_skipped: int = 0
     log_every: int = 50
@@ -93,6 +96,14 @@ class Training:
         validation.real("training", "label_dropout", self.label_dropout, at_least=0, below=1)
         if self.max_seconds is not None:
             validation.real("training", "max_seconds", self.max_seconds, above=0)
+        if self.snapshot_every is not None:
+            every = validation.count("training", "snapshot_every", self.snapshot_every)
+            object.__setattr__(self, "snapshot_every", every)
+            if not self.power_ema:
+                raise ValueError(
+                    "training.snapshot_every is about the averages of training.power_ema, and "
+                    "there are none; add training.power_ema=[0.05,0.1], or leave it out."
+                )
         names = [profile.name for profile in self.profiles]
         if len({*names}) < len(names):
             raise ValueError(f"training needs averages that differ; got {', '.join(names)}.")
@@ -130,6 +141,7 @@ def fit(
     on_log: Callable[[dict[str, float], int], None],
     on_checkpoint: Callable[[State], None],
     on_evaluate: Callable[[State], None],
+    on_snapshot: Callable[[State], None] = lambda state: None,
     should_stop: Callable[[], int] = lambda: 0,
     augment: Callable[[Tensor, Any], Tensor] | None = None,
 ) -> bool:
@@ -147,6 +159,8 @@ def fit(
         on_log: Receives the metrics since the last call and the iteration.
         on_checkpoint: Called every ``checkpoint_every`` iterations and at the end.
         on_evaluate: Called every ``evaluate_every`` iterations, not at the end.
+        on_snapshot: Called every ``snapshot_every`` iterations, before ``on_checkpoint``, so
+            that none is missing from behind a checkpoint after a crash.
         should_stop: Asked after each iteration; anything but 0 in one of the processes ends
             training early in all of them, after a checkpoint.
         augment: (samples, generator) -> samples, in the units of the data.
@@ -190,12 +204,15 @@ def fit(
             logs = done % settings.log_every == 0 or done == settings.steps or stopping
             saves = done % settings.checkpoint_every == 0 or done == settings.steps or stopping
             evaluates = done % settings.evaluate_every == 0 and done < settings.steps
-            if logs or saves or evaluates or state.device.type == "cpu":
+            snaps = settings.snapshot_every is not None and done % settings.snapshot_every == 0
+            if logs or saves or snaps or evaluates or state.device.type == "cpu":
                 _check(state, recipe, seed, failure_folder)  # the one wait for the device
             if logs:
                 metrics = window.close(settings.batch_size)
                 on_log(metrics | {"train/lr": settings.lr_at(iteration)}, done)
                 bar.note(f"loss {metrics['train/loss']:.4f}")
+            if snaps:
+                on_snapshot(state)
             if saves:
                 on_checkpoint(state)
             if stopping and done < settings.steps:
@@ -203,7 +220,7 @@ def fit(
             if evaluates:
                 on_evaluate(state)
                 state.trained.train()
-            if saves or evaluates:
+            if saves or snaps or evaluates:
                 window.restart_clock()
     return True
 

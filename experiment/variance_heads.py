@@ -224,7 +224,13 @@ JOINT = "variance.head."  # in the names of that state: a head that was trained 
 
 
 def learned_variance(
-    checkpoint: Path, weights: str, folder: Path, model: ScoreModel, shape: tuple[int, ...]
+    checkpoint: Path,
+    weights: str,
+    model: ScoreModel,
+    shape: tuple[int, ...],
+    *,
+    folder: Path,
+    objective: Mapping[str, Tensor] | None = None,
 ) -> StateVariance | None:
     """The learned variance of a model: by mode=train_variance, or else by the objective that the
     model itself was trained with; None where there is neither.
@@ -232,9 +238,11 @@ def learned_variance(
     Args:
         checkpoint: Of ``model``.
         weights: Its digest.
-        folder: Where heads are kept.
         model: Whose features the head is on.
         shape: Of one sample.
+        folder: Where heads are kept.
+        objective: The averaged state of the objective that goes with ``model``; if not given, that
+            of the average that training evaluates.
 
     Raises:
         RunError: If a file is damaged.
@@ -242,7 +250,8 @@ def learned_variance(
     kept = kept_head("learned", weights, folder, model)
     if kept is not None:
         return kept
-    state = load_checkpoint(checkpoint).get(OBJECTIVE) or {}
+    state = load_checkpoint(checkpoint).get(OBJECTIVE) if objective is None else objective
+    state = state or {}
     own = {name.partition(JOINT)[2]: value for name, value in state.items() if JOINT in name}
     if not own:
         return None

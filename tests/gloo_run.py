@@ -56,8 +56,10 @@ def one_of_them(
         state, folder, settings, should_stop=lambda: state.iteration == stop and 1
     )
     stored, average = state.state_dict(), state.ema.state_dict()
+    snapshot = state.snapshot()
     if together.rank == 0:
         losses = [values["train/loss"] for what, _, values in events if what == "log"]
         norms = [values["train/grad_norm"] for what, _, values in events if what == "log"]
         contents = {**stored, "losses": losses, "norms": norms, "whole": average, "done": done}
+        contents["snapshot"] = snapshot
         save_checkpoint(folder, state.iteration, contents)

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 import run as entry
 from experiment import compare_figure
 from experiment.bench import Asked, Bench
+from experiment.chosen import Label
 from experiment.compare import compare, measured, refuse_all
 from experiment.compare_figure import TITLES, plot_comparison
 from experiment.config import named, walk
@@ -55,7 +56,9 @@ def bench(tmp_path):
     """The exact model of N(0, STD²) in three dimensions, and samples of that."""
     data = Gaussian(torch.zeros(3), STD)
     train, test = (data.sample(n, generator=torch.Generator().manual_seed(n)) for n in (60, 40))
-    about = SimpleNamespace(seed=5, path=tmp_path, device=lambda: torch.device("cpu"))
+    about = SimpleNamespace(
+        seed=5, fitted=tmp_path / "fitted", average=Label(), device=lambda: torch.device("cpu")
+    )
     (tmp_path / "weights.pt").write_bytes(b"these")
     return Bench(
         about,
@@ -426,6 +429,8 @@ def test_a_comparison_without_a_sampler_ends_before_the_reference(tmp_path, monk
         config={"run": {"name": "a"}, "training": {}},
         seed=0,
         path=tmp_path,
+        fitted=tmp_path / "fitted",
+        average=Label(),
         device=lambda: torch.device("cpu"),
         build={"data": Dataset("normal", train, test), "tracking": NoTracker()}.get,
     )

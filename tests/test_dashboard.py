@@ -74,8 +74,10 @@ def test_the_workspace_has_every_section_and_every_metric_over_the_iteration(tol
         (line,) = [config for config in lines if config["metrics"][0] == metric.name]
         assert line["metrics"] == list(metric.series)
         assert line["xAxis"] == "train/iteration"
-    media = [key for p in panels[metrics.SAMPLES] for key in p["config"]["mediaKeys"]]
-    assert media == [picture.name for picture in metrics.PICTURES]
+    for section, there in panels.items():
+        media = [key for p in there for key in p["config"].get("mediaKeys", ())]
+        own = [picture.name for picture in metrics.PICTURES if picture.section == section]
+        assert media == own
     charts = json.dumps([p["config"] for p in panels[metrics.LOSS] if p["viewType"] == "Vega2"])
     assert all(f'"{curve.name}_table"' in charts for curve in metrics.CURVES)
 

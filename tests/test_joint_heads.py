@@ -58,7 +58,7 @@ def test_a_sampler_finds_the_head_in_the_checkpoint_and_one_trained_later_before
     analytic = AnalyticVariance(torch.tensor([-1.0, 1.0]), torch.tensor([0.5, 0.5]), 1.0)
     kept = head_path("learned", weights, folder)
     keep_head(kept, weights, settings, analytic, later, finished=True)
-    variance = learned_variance(path, weights, folder, model, (2,))
+    variance = learned_variance(path, weights, model, (2,), folder=folder)
     levels = [model.sde.level(time(u)[None]) for u in (-0.5, 0.5)]
     (at,) = variance.at_states(*levels)
     middle = (VARIANCES["posterior"](*levels) * VARIANCES["forward"](*levels)).sqrt()
@@ -67,10 +67,27 @@ def test_a_sampler_finds_the_head_in_the_checkpoint_and_one_trained_later_before
     assert_close(v, middle.float().expand_as(v), rtol=1e-4, atol=0)
 
 
+def test_the_head_of_another_average_goes_before_that_of_the_checkpoint(tmp_path):
+    model = vector_model()
+    objectives = [trained_along(model) for _ in range(2)]
+    nn.init.normal_(objectives[1].bound.variance.head.leave.weight, std=0.3)
+    path = save_checkpoint(tmp_path / "checkpoints", 7, {OBJECTIVE: objectives[0].state_dict()})
+    folder, like, x = tmp_path / "fitted" / "ema-0.5", torch.zeros(1, 2), torch.randn(16, 2)
+    asked, other = Ancestral(6, variance="learned"), objectives[1].state_dict()
+
+    def drawn(sampler):
+        return sampler(model.score, model.sde, x, generator=torch.Generator().manual_seed(1))
+
+    found = fitted(asked, model, like, checkpoint=path, folder=folder, objective=other)
+    own, first = (interpolated_variance(model, o.bound.variance.head) for o in objectives[::-1])
+    assert torch.equal(drawn(found), drawn(Ancestral(6, variance=own)))
+    assert not torch.allclose(drawn(found), drawn(Ancestral(6, variance=first)))
+
+
 def test_a_checkpoint_without_a_head_has_none(tmp_path):
     for state in ({}, {OBJECTIVE: None}, {OBJECTIVE: {"bound.times.counts": torch.zeros(3)}}):
         path = save_checkpoint(tmp_path / "checkpoints", 7, state)
-        found = learned_variance(path, digest_of(path), tmp_path, vector_model(), (2,))
+        found = learned_variance(path, digest_of(path), vector_model(), (2,), folder=tmp_path)
         assert found is None
 
 

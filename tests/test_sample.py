@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import run as entry
 from experiment import sample as mode
+from experiment.chosen import Label
 from experiment.config import named
 from experiment.data import Dataset
 from experiment.sample import called, draw, sample
@@ -99,6 +100,8 @@ def sampling(tmp_path):
             conf=entry.CONF,
             overrides=overrides,
             path=tmp_path,
+            fitted=tmp_path / "fitted",
+            average=Label(),
             seed=0,
             build=parts.get,
             device=lambda: torch.device("cpu"),

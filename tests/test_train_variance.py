@@ -58,7 +58,7 @@ class FakeRun(SimpleNamespace):
         checkpoint = folder / "step.pt"
         checkpoint.write_bytes(b"weights")
         super().__init__(path=folder, model=model, data=data, seed=seed, checkpoint=checkpoint)
-        self.config = {"training": training}
+        self.config, self.fitted = {"training": training}, folder / "fitted"
 
     def device(self) -> torch.device:
         return torch.device("cpu")
@@ -70,7 +70,7 @@ class FakeRun(SimpleNamespace):
         return self, self.model, self.checkpoint, 6
 
     def head(self, kind: str = "npr", at=head_path) -> Path:
-        return at(kind, digest_of(self.checkpoint), self.path / "fitted")
+        return at(kind, digest_of(self.checkpoint), self.fitted)
 
 
 @pytest.fixture

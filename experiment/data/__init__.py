@@ -7,6 +7,7 @@ from experiment.data.dataset import Dataset
 from experiment.data.hub import huggingface
 from experiment.data.idx_files import fashion_mnist, mnist
 from experiment.data.image_files import image_folder
+from experiment.data.photo_patches import patches
 from experiment.data.planar import checkerboard, eight_gaussians, rings
 from experiment.data.samples import Samples
 from experiment.data.scikit_digits import digits
@@ -23,6 +24,7 @@ __all__ = [
     "huggingface",
     "image_folder",
     "mnist",
+    "patches",
     "rings",
     "swiss_roll",
     "two_moons",

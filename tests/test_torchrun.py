@@ -36,17 +36,14 @@ def pair(*arguments, cwd):
     while len(ZYGOTES) < 2:
         ZYGOTES.append(Zygote())
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    started = [
-        ThreadPoolExecutor(1).submit(
-            zygote.run,
-            ["mode=train", *CHOICES, *arguments],
-            cwd,
-            where | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank, zygote in enumerate(ZYGOTES)
-    ]
-    wait_until(lambda: all(children(zygote.process) for zygote in ZYGOTES))
-    return started, [children(zygote.process)[0] for zygote in ZYGOTES]
+    started, files = [], [Path(cwd) / f"pid-{where['MASTER_PORT']}-{rank}" for rank in (0, 1)]
+    for rank, (zygote, file) in enumerate(zip(ZYGOTES, files, strict=True)):
+        environment = where | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        asked = ["mode=train", *CHOICES, *arguments]
+        alone = ThreadPoolExecutor(1)
+        started.append(alone.submit(zygote.run, asked, cwd, env=environment, pid=str(file)))
+    wait_until(lambda: all(file.exists() and file.read_text() for file in files))
+    return started, [int(file.read_text()) for file in files]
 
 
 def torchrun(*arguments, cwd):
@@ -62,12 +59,6 @@ def losses(folder):
     path = folder / "metrics.jsonl"
     rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     return {row["train/iteration"]: row["train/loss"] for row in rows if "train/loss" in row}
-
-
-def children(process):
-    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True)
-    rows = (line.split(maxsplit=2) for line in listed.stdout.splitlines())
-    return [int(pid) for pid, parent, args in rows if parent == str(process.pid)]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +124,7 @@ def test_where_the_first_is_refused_the_others_end_without_a_traceback(tmp_path)
         first, second = (one.result(120) for one in ending)
     refused(first, "is locked by")
     refused(second, "another process of this run has ended")
-    assert [path.name for path in home.iterdir()] == ["lock"]
+    assert not [path for path in home.rglob("*") if path.is_file() and path.name != "lock"]
 
 
 def test_processes_of_other_choices_or_without_the_shared_directory_are_refused(monkeypatch):

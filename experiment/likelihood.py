@@ -40,7 +40,12 @@ def likelihood(run: Run) -> None:
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
     data = as_trained(data, run.config)
-    settings.check(data, on_centres=not run.config["training"].get("dequantize", True))
+    training = run.config["training"]
+    settings.check(
+        data,
+        on_centres=not training.get("dequantize", True),
+        label_dropout=training.get("label_dropout", 0.0),
+    )
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")
@@ -71,7 +76,7 @@ def likelihood(run: Run) -> None:
             show_estimates(bounds)
         name = path.name if own else str(path.absolute())
         append_evaluation(run.path, result, iteration, model, data, settings, name, bounds)
-        if own:  # the record and its views are those of this run's training
+        if own and settings.cond == "own":  # the record and its views are those of the training
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
     say(f"report: {write_report(run.path)}")

@@ -37,6 +37,18 @@ class Conditioning(ABC):
         """A module cond [B, ...] -> [B, ``width``], with a learned value for the null."""
 
     @abstractmethod
+    def each(self, owner: str) -> Tensor:
+        """All conditions that there are, [C, ...].
+
+        Raises:
+            ValueError: If there is no end of them.
+        """
+
+    def few(self, most: int) -> list[int] | None:
+        """All conditions there are, where that is at most so many; else None."""
+        return None
+
+    @abstractmethod
     def read(self, owner: str, value: Any) -> Tensor:  # noqa: ANN401
         """One condition or a list of them, written as numbers, as ``cond`` [K, ...].
 
@@ -78,6 +90,12 @@ class Classes(Conditioning):
                 "the largest, or number the classes from 0."
             )
         return cond
+
+    def each(self, owner: str) -> Tensor:
+        return torch.arange(self.count)
+
+    def few(self, most: int) -> list[int] | None:
+        return list(range(self.count)) if self.count <= most else None
 
     def read(self, owner: str, value: Any) -> Tensor:  # noqa: ANN401
         listed = value if isinstance(value, list | tuple) else [value]
@@ -124,6 +142,12 @@ class Vector(Conditioning):
                 "with .float(), and repeat a single row with .expand(batch, -1)."
             )
         return cond
+
+    def each(self, owner: str) -> Tensor:
+        raise ValueError(
+            f"{owner} goes through all conditions, and there is no end of vectors; it is for a "
+            "model of classes."
+        )
 
     def read(self, owner: str, value: Any) -> Tensor:  # noqa: ANN401
         try:

@@ -15,15 +15,16 @@ from sde_lib.rows import Rows
 class Conditioned:
     """A score function (x, t) -> score under a condition for each sample of one batch.
 
-    What works on a part of that batch takes that part of the conditions along
-    (:func:`sde_lib.rows.for_rows`): samplers that let go of samples that have arrived, a likelihood
-    that halves a batch, ``flow.for_rows(rows)``.
+    What works on a part of that batch takes that part of the conditions along, by
+    :func:`sde_lib.rows.for_rows`: samplers that let go of samples that have arrived, a
+    likelihood that halves a batch, ``flow.for_rows(rows)``.
 
     Args:
         function: Score function (x [B, ...], t, cond), such as ``model.score``.
         cond: A row for each sample, or one row, which then holds for all of any batch.
-        others: Conditions, a row each, for samples that are none of the batch: those that a sampler
-            or a likelihood draws to lay out its steps, in turn. Those of the batch if not given.
+        others: Conditions, a row each, for samples that are none of the batch: those that a
+            sampler or a likelihood draws to lay out its steps, in turn. Those of the batch if not
+            given.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from sde_lib import validation
 
 Score = Callable[[Tensor, Tensor], Tensor]
 TYPICAL = 64  # conditions under which pilots look at a model
-NONE = "none"  # of mode.cond
+NONE = "none"  # of mode.cond and likelihood.cond
 LISTED = 16  # classes at most that pictures have a row each for
 
 
@@ -33,7 +33,7 @@ def score_of_rows(model: ScoreModel, data: Dataset, part: str, count: int) -> Sc
 
 def score_for(model: ScoreModel, data: Dataset, part: str, count: int, cond: str) -> Score:
     """The score for the first ``count`` samples of a ``part``, as ``likelihood.cond`` has it."""
-    return score_of_none(model) if cond == "null" else score_of_rows(model, data, part, count)
+    return score_of_none(model) if cond == NONE else score_of_rows(model, data, part, count)
 
 
 def score_of_each(model: ScoreModel, data: Dataset) -> Score:
@@ -226,7 +226,8 @@ class Conditions:
             return ""
         if self.without:
             return "without condition"
-        what = "conditions of training samples" if self.asked is None else f"cond={self.asked}"
+        drawn = "under conditions of training samples"
+        what = drawn if self.asked is None else f"under cond={self.asked}"
         return what + (f", guidance {self.guidance:g}" if self.guidance != 1 else "")
 
     def about(self) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def dequantizer(
     found = VariationalDequantization(
         data.levels, data.units.low, data.units.high, flow_module=flow_module.to(device)
     )
-    other = "-unconditional" if settings.cond == "null" else ""
+    other = "-unconditional" if settings.cond == "none" else ""
     path = folder / f"dequantizer-{label}{other}.pt"
     if path.exists():
         flow_module.load_state_dict(torch.load(path, map_location=device, weights_only=True))

@@ -82,7 +82,7 @@ def sample(
     run, model, path, iteration = run.trained()
     data = as_trained(data, run.config)
     sampler.check(model.sde)
-    dropout = run.config["training"].get("label_dropout", 0.0)
+    dropout = run.config.get("training", {}).get("label_dropout", 0.0)
     conditions = Conditions(data, run.seed, cond, guidance, dropout)
     if asked.cuda_graph and not conditions.fixed:
         raise RunError(
@@ -125,7 +125,7 @@ def sample(
             array,
             conditions.of(range(asked.num_samples)),
         )
-        under = f" under {conditions}" if str(conditions) else ""
+        under = f" {conditions}" if str(conditions) else ""
         say(
             f"{asked.num_samples} samples{under} by {sampler}, {about['nfe']} evaluations each, "
             f"{seconds:.1f} s: {array}"
@@ -282,7 +282,7 @@ def draw_and_save(
         return None
     pictures = len(data.shape) == 3
     count = count if pictures else max(count, 2000)
-    dropout = run.config["training"].get("label_dropout", 0.0)
+    dropout = run.config.get("training", {}).get("label_dropout", 0.0)
     asked = in_turn(data) if pictures else None
     conditions = Conditions(data, run.seed, asked, label_dropout=dropout)
     streams = sample_paths(run.seed, "samples", range(count), run.device())

@@ -34,7 +34,7 @@ from sde_lib.samplers import SamplingError
 UNITS = {name.removeprefix("eval/"): unit for name, unit in metrics.UNITS.items()}
 CONDS = {
     "own": "each under its own condition",
-    "null": "without condition",
+    "none": "without condition",
     "marginal": "marginal over all classes",
 }
 DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
@@ -63,7 +63,7 @@ class Likelihood:
             likelihood; null: they are not.
         max_samples: Evaluate only so many of the test set; all if null.
         cond: Of a conditional model: own scores each sample under its own condition, log p(x | c);
-            null without one; marginal sums over all classes, each a likelihood of its own,
+            none without it; marginal sums over all classes, each a likelihood of its own,
             and tells their posterior.
     """
 
@@ -158,8 +158,8 @@ class Likelihood:
             )
         if self.cond == "marginal":
             data.cond.each("likelihood.cond=marginal")
-        if self.cond == "null" and label_dropout is not None:
-            refuse_no_null("likelihood.cond=null", label_dropout)
+        if self.cond == "none" and label_dropout is not None:
+            refuse_no_null("likelihood.cond=none", label_dropout)
 
     @property
     def _keeps_probes(self) -> bool:

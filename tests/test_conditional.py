@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from known_classes import KnownClasses, classes, log_joint
+from known_classes import SHARES, KnownClasses, classes, log_joint
+from PIL import Image
 from test_cli import TINY, refused, run
 from torch.testing import assert_close
 
@@ -23,7 +24,7 @@ from experiment.evaluation import evaluate, show
 from experiment.fitted import fitted
 from experiment.settings import Likelihood
 from experiment.tiles import save_grid
-from likelihood import Exact, FixedGrid
+from likelihood import Exact, FixedGrid, Hutchinson
 from score_models import Vector
 from sde_lib.samplers import Ancestral, FlowAdams
 
@@ -50,10 +51,12 @@ def test_the_likelihood_is_that_of_the_class_of_none_or_summed_over_all(model, c
 
     of_own = JOINT.gather(1, DATA.test_cond[:, None])[:, 0]
     shares = log_shares(DATA)
-    known = of_own - shares[DATA.test_cond] if cond == "own" else JOINT.logsumexp(1)
-    # without class the model is the mixture with the shares of the source, not of the 300 samples
-    off = 5 / math.sqrt(300) if cond == "none" else 2e-3
-    assert_close(nats(found), known, rtol=0, atol=off)
+    known = {
+        "own": of_own - shares[DATA.test_cond],
+        "none": (JOINT - shares + SHARES.log()).logsumexp(1),  # those of the source
+        "marginal": JOINT.logsumexp(1),
+    }
+    assert_close(nats(found), known[cond], rtol=0, atol=2e-3)
     assert ("own" in found.how) == (cond == "own")
 
 
@@ -74,11 +77,11 @@ def test_the_class_posterior_is_bayes(model, capsys):
 
 
 def test_a_sample_does_not_depend_on_its_batch_nor_on_the_conditions_of_its_mates(model):
-    probed = replace(EXACT, divergence=None, batch_size=24)
+    probed = replace(EXACT, solver=FixedGrid(12), divergence=Hutchinson(2), batch_size=24)
     for cond in ("own", "marginal"):
         settings = replace(probed, cond=cond)
         whole = evaluate(model, DATA, settings, seed=0)
-        parts = evaluate(model, DATA, replace(settings, batch_size=5), seed=0)
+        parts = evaluate(model, DATA, replace(settings, batch_size=9), seed=0)
         assert_close(parts.per_sample, whole.per_sample)
 
 
@@ -96,14 +99,15 @@ def test_posteriors_are_averaged_over_draws_and_lost_batches_are_not_numbers():
 
 
 def test_the_bounds_are_under_the_condition_of_each_sample(model):
-    settings = replace(EXACT, bounds=40, batch_size=7)
+    settings = replace(EXACT, bounds=10, batch_size=13)
     ode = evaluate(model, DATA, settings, seed=0)
     found = estimate(model, DATA, settings, ode, seed=0)
 
     known = JOINT.gather(1, DATA.test_cond[:, None])[:, 0] - log_shares(DATA)[DATA.test_cond]
-    value, _ = found.values["ELBO"]
-    # noise of 24 samples of strata, each some tenths; under other classes it is off by more than 1
-    assert value == pytest.approx(-float(known.mean()), abs=0.5)
+    (value, error), (ode_value, _) = found.values["ELBO"], found.values["probability-flow ODE"]
+    assert ode_value == pytest.approx(-float(known.mean()), abs=MISMATCH)
+    # the error is of the spread over samples, in which that of the draws is contained
+    assert value == pytest.approx(-float(known.mean()), abs=5 * error)
     wrong = replace(DATA, test_cond=(DATA.test_cond + 1) % 3)
     other, _ = estimate(model, wrong, settings, ode, seed=0).values["ELBO"]
     assert other > value + 1
@@ -116,9 +120,7 @@ def test_the_bounds_are_under_the_condition_of_each_sample(model):
         (Likelihood(cond="none"), Dataset("x", DATA.train, DATA.test), 0.1, "comes without"),
         (
             Likelihood(cond="marginal"),
-            Dataset(
-                "x", DATA.train, DATA.test, None, None, None, Vector(2), DATA.train, DATA.test
-            ),
+            replace(DATA, cond=Vector(2), train_cond=DATA.train, test_cond=DATA.test),
             0.1,
             "no end of vectors",
         ),
@@ -214,13 +216,11 @@ def test_pilots_see_conditions_of_all_the_training_set(model):
 def test_a_picture_has_a_row_for_each_class_and_its_name_beside_it(tmp_path):
     assert in_turn(DATA) == [0, 1, 2]
     images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
-    from PIL import Image
-
     with Image.open(save_grid(images, tmp_path / "a.png", 2, labels=["0", "12", "3"])) as named:
         with Image.open(save_grid(images, tmp_path / "b.png", 2)) as bare:
             assert named.height == bare.height == 3 * 50 + 2
             margin = named.width - bare.width
-            left = torch.tensor(list(named.getdata())).reshape(named.height, -1)[:, :margin]
+            left = torch.tensor(np.array(named))[:, :margin]
     dark = (left < 128).any(1).reshape(-1)[1:-1].unflatten(0, (3, 50))
     assert 10 < margin < 40 and dark.any(1).all(), "each row has its name"
 
@@ -241,10 +241,11 @@ def test_a_conditional_model_is_trained_scored_and_sampled_on_the_command_line(t
     path = trained / "runs" / "digits-vp-unet"
     rows = json.loads((path / "likelihood.json").read_text())
     assert rows[-1]["condition"] == "each under its own condition"
-    for cond in ("marginal", "none"):
-        done = run("mode=likelihood", *SAME, f"likelihood.cond={cond}", cwd=trained)
-        assert done.returncode == 0, done.stderr
-        assert ("likeliest class" in done.stdout + done.stderr) == (cond == "marginal")
+    done = run("mode=likelihood", *SAME, "likelihood.cond=marginal", cwd=trained)
+    assert done.returncode == 0, done.stderr
+    assert "likeliest class" in done.stdout + done.stderr
+    rows = json.loads((path / "likelihood.json").read_text())
+    assert rows[-1]["condition"] == "marginal over all classes"
     curve = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert sum("eval/bits_per_dim" in row for row in curve) == 1, "one curve, of one quantity"
 
@@ -261,9 +262,8 @@ def test_guided_samples_are_kept_apart_and_do_not_depend_on_the_batch(trained):
 
     guided, about, path = drawn("mode.cond=3", "mode.guidance=2")
     assert guided["cond"].tolist() == [3] * 5 and about["guidance"] == 2 and about["cond"] == 3
-    turned, _, other = drawn("mode.cond=[1,4]")
-    assert turned["cond"].tolist() == [1, 4, 1, 4, 1] and other != path
     mixed, about, first = drawn()
+    assert path.name[:-10] == first.name[:-10] and path != first
     first.rename(first.with_suffix(".kept"))
     again, _, _ = drawn("mode.batch_size=2")
     assert about["cond"] == "training"
@@ -272,7 +272,5 @@ def test_guided_samples_are_kept_apart_and_do_not_depend_on_the_batch(trained):
 
 
 def test_what_a_model_was_not_trained_for_is_told_in_one_line(trained):
-    bad = run("mode=sample", *SAME, "mode.cond=12", cwd=trained)
-    refused(bad, "mode.cond takes a class", "0 .. 9")
     odd = run("mode=sample", *SAME, "mode.cond=none", "mode.guidance=3", cwd=trained)
     refused(odd, "Drop one of the two")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experiment.batches import trained_units
+from experiment.conditions import Conditions
 from experiment.contenders import Trial, trials
 from experiment.data import Dataset
 from experiment.errors import RunError
@@ -96,6 +97,7 @@ class Bench:
         model: In evaluation mode.
         path: Its checkpoint.
         asked: The numbers of the comparison.
+        conditions: Of the samples, those of mode=sample: a mixture as the data are.
         train: Training samples in model units, [N, ...].
         test: Test samples in model units, [M, ...].
         bandwidths: Of the kernels.
@@ -107,6 +109,7 @@ class Bench:
     model: ScoreModel
     path: Path
     asked: Asked
+    conditions: Conditions
     train: Tensor
     test: Tensor
     bandwidths: tuple[float, ...]
@@ -122,7 +125,8 @@ class Bench:
             for i, values in enumerate((data.train, data.test))
         )
         train, test = train.to(run.device()), test.to(run.device())
-        return cls(run, model, path, asked, train, test, median_bandwidths(test))
+        conditions = Conditions(data, run.seed)
+        return cls(run, model, path, asked, conditions, train, test, median_bandwidths(test))
 
     def planned(self, chosen: dict[str, Sampler]) -> list[Trial]:
         """All that is to be tried, each sampler fitted to the model, before anything is drawn.
@@ -157,14 +161,14 @@ class Bench:
     def fitted(self, sampler: Sampler) -> Sampler:
         """As mode=sample has it."""
         where = {"checkpoint": self.path, "folder": self.run.fitted}
-        where["objective"] = self.run.average.objective
+        where |= {"objective": self.run.average.objective, "conditions": self.conditions}
         return fitted(sampler, self.model, self.train[:1], **where)
 
     def draw(self, sampler: Sampler, count: int) -> tuple[Tensor, int]:
         """Samples [count, ...] and the evaluations of each; sample i depends on seed i alone."""
 
         def drawn(rows: range) -> tuple[Tensor, int]:
-            score = Counted(self.model.score)
+            score = Counted(self.conditions.score(self.model, rows))
             streams = sample_paths(self.run.seed, "samples", rows, self.run.device())
             shape = (len(rows), *self.test.shape[1:])
             start = self.model.sde.prior_sample(shape, generator=streams, device=streams.device)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from experiment.batches import trained_units
+from experiment.conditions import Conditions, score_of_rows
 from experiment.data import Dataset
 from experiment.fitted import fitted, keep_variance
 from experiment.measured import as_trained
@@ -51,7 +52,8 @@ def calibrate(run: Run, *, num_samples: int = NUM_SAMPLES, levels: int = LEVELS)
     for i in range(0, levels, max(1, (levels - 1) // 10)):
         say(f"  {float(variance.clock[i]):7.2f}  {float(variance.unresolved[i]):.4f}")
     like = torch.zeros(1, *data.shape, device=run.device())
-    fitted(FlowAdams(), model, like, checkpoint=path, folder=run.fitted)
+    where = {"checkpoint": path, "folder": run.fitted, "conditions": Conditions(data, run.seed)}
+    fitted(FlowAdams(), model, like, **where)
 
 
 def calibrated(
@@ -75,8 +77,9 @@ def calibrated(
     """
     units = trained_units(run.config["training"], data)
     train = units.encode(data.train[:num_samples], stream(run.seed, "calibrate", 0))
+    score = score_of_rows(model, data, "train", len(train))
     variance = calibrate_variance(
-        probability_flow(model.sde, model.score),
+        probability_flow(model.sde, score),
         train.to(run.device()),
         steps=levels - 1,
         generator=stream(run.seed, "calibrate", 1),

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from experiment.checkpoint import write_atomically
+from experiment.conditions import score_for
 from experiment.data import Dataset
 from experiment.data.samples import first_rows
 from experiment.progress import say
@@ -55,15 +56,18 @@ def dequantizer(
     found = VariationalDequantization(
         data.levels, data.units.low, data.units.high, flow_module=flow_module.to(device)
     )
-    path = folder / f"dequantizer-{label}.pt"
+    other = "-unconditional" if settings.cond == "none" else ""
+    path = folder / f"dequantizer-{label}{other}.pt"
     if path.exists():
         flow_module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
         return found
     say(f"fitting a variational dequantization ({steps} steps): {path}")
+    values = first_rows(data.train).to(device)
+    score = score_for(model, data, "train", len(values), settings.cond)
     gains = fit_dequantization(
         found,
-        one_sample_bound(probability_flow(model.sde, model.score)),
-        first_rows(data.train).to(device),
+        one_sample_bound(probability_flow(model.sde, score)),
+        values,
         steps=steps,
         batch_size=min(128, settings.batch_size),
         generator=stream(seed, "dequantizer", 1),

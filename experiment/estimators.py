@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.conditions import score_for
 from experiment.data import Dataset
 from experiment.evaluation import Evaluation, foretell
 from experiment.progress import progress, say
@@ -98,14 +99,17 @@ def estimate(
         learned: The learned variance of the model, if it has one.
     """
     device, steps = next(model.parameters()).device, settings.bounds
-    flow = probability_flow(model.sde, model.score)
+    flow = probability_flow(
+        model.sde, score_for(model, data, "test", ode.num_samples, settings.cond)
+    )
     units = units_of(data, settings, dequantization)
     centres = isinstance(units, TruncatedNormalDequantization)
     encode = units.encode if centres else data.units.encode  # as in training
     train = encode(data.train[:CALIBRATION], stream(seed, "calibrate", 0)).to(device)
+    seen = score_for(model, data, "train", len(train), settings.cond)
     times = bound_times(flow, data, steps)
     analytic = calibrate_variance(
-        flow,
+        probability_flow(model.sde, seen),
         train,
         times=times,
         generator=stream(seed, "calibrate", 1),
@@ -125,10 +129,11 @@ def estimate(
         values = data.test[rows.start : rows.stop].to(device)
         drawn = None if centres else units.draw(values, streams("bounds"), sde=model.sde)
         x = encode(values) if drawn is None else drawn.x
-        elbo = continuous_bound(flow, x, decoder=last, generator=streams("elbo")).log_prob
+        own = flow.for_rows(rows)
+        elbo = continuous_bound(own, x, decoder=last, generator=streams("elbo")).log_prob
         found = {"ELBO": elbo if drawn is None else drawn.bound(elbo)}
         bounds = discrete_bounds(
-            flow, x, variances, times=times, decoder=decoder, generator=streams("vlb")
+            own, x, variances, times=times, decoder=decoder, generator=streams("vlb")
         )
         for name, result in bounds.items():
             nats = result.log_prob if data.levels else drawn.bound(result.log_prob)

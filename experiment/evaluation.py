@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiment.class_marginal import class_words, joined, log_shares, marginal, seen_classes
+from experiment.conditions import score_for, score_of_each
 from experiment.data import Dataset
 from experiment.progress import progress, say
 from experiment.seeds import sample_streams
-from experiment.settings import UNITS, Likelihood, chosen, per_nat, units_of
+from experiment.settings import CONDS, UNITS, Likelihood, chosen, per_nat, units_of
 from experiment.shards import gathered, halving, rank, share
 from likelihood import (
     Dequantization,
@@ -27,7 +29,7 @@ from likelihood import (
 from likelihood.dequantize import Drawn
 from likelihood.importance import noise_bias
 from score_models import ScoreModel
-from sde_lib import PerSample, probability_flow
+from sde_lib import PerSample, ProbabilityFlow, probability_flow
 from sde_lib.samplers import SamplingError
 
 LARGE = 0.7  # nats of probe noise, whose square halved is what an importance weight is lifted by
@@ -65,6 +67,9 @@ class Evaluation:
         information: Clock u [M], increasing, and the information per unit of u [N, M] in the unit
             of the metric: what each sample's telling apart from finer noise costs; empty with an
             adaptive solver.
+        posterior: log p(c | x) of each class, [N, C], of likelihood.cond=marginal; else [N, 0].
+        class_accuracy: Share of samples whose class is the likeliest; NaN without a posterior.
+        class_nats: Mean of -log p(c | x) at their classes.
         how: Solver and divergence that were used.
     """
 
@@ -85,6 +90,9 @@ class Evaluation:
     prior_mismatch: float = math.nan
     errors: Mapping[str, Tensor] = field(default_factory=dict)
     information: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(1, 0))
+    posterior: Tensor = torch.empty(1, 0)
+    class_accuracy: float = math.nan
+    class_nats: float = math.nan
     how: str = ""
 
     def __str__(self) -> str:
@@ -103,7 +111,7 @@ class Evaluation:
         row = {
             part.name: getattr(self, part.name)
             for part in fields(self)
-            if part.name not in ("per_sample", "errors", "information")
+            if part.name not in ("per_sample", "errors", "information", "posterior")
         }
         clock, information = self.information
         row["information"] = [clock.tolist(), information.mean(0).tolist()]
@@ -144,31 +152,47 @@ def evaluate(
     began = time.monotonic()
     settings.check(data)
     device = next(model.parameters()).device
-    flow = probability_flow(model.sde, model.score)
     count = min(settings.max_samples or len(data.test), len(data.test))
+    shares = log_shares(data) if settings.cond == "marginal" else None
+    if shares is None:
+        flow = probability_flow(model.sde, score_for(model, data, "test", count, settings.cond))
+    else:
+        flow = probability_flow(model.sde, score_of_each(model, data))
     draws = settings.draws if data.levels is not None else 1
     units = units_of(data, settings, dequantization)
     flow = replace(flow, t_start=units.start_time(model.sde))
     solver, divergence, planned = chosen(flow, data, settings, device)
 
-    def solve_batch(x: Tensor, streams: PerSample) -> LogLikelihood:
-        return log_likelihood(flow, x, solver=solver, divergence=divergence, generator=streams)
+    def solve_batch(
+        x: Tensor, indices: range, streams: PerSample
+    ) -> tuple[LogLikelihood, Tensor | None]:
+        how = {"solver": solver, "divergence": divergence}
+        if shares is None:
+            own = flow.for_rows(torch.tensor(indices, device=device) // draws)
+            return log_likelihood(own, x, generator=streams, **how), None
+
+        def under(own: ProbabilityFlow) -> LogLikelihood:
+            same = sample_streams(seed, "probes of classes", indices, device)  # for all of them
+            return log_likelihood(own, x, generator=same, **how)
+
+        return marginal(flow, shares, under)
 
     def solve(rows: range) -> dict[str, Any]:
         values = data.test[rows.start : rows.stop].repeat_interleave(draws, 0)
         indices = range(rows.start * draws, rows.stop * draws)
         streams = sample_streams(seed, "likelihood", indices, device)
         drawn = units.draw(values.to(device), streams, sde=model.sde)
+        posterior, failure = None, None
         try:
-            result, failure = solve_batch(drawn.x, streams), None
-        except SamplingError as error:
-            result, failure = error.partial, str(error)
+            result, posterior = solve_batch(drawn.x, indices, streams)
+        except SamplingError as error:  # of one class alone nothing follows
+            result, failure = error.partial if shares is None else None, str(error)
         if result is None:
             return _lost(len(rows), failure)
         row = _row(result, drawn, data, draws, settings.importance)
         if flow.t_start is not None:
             row["truncation"] = torch.full_like(row["truncation"], math.nan)
-        return row | {"failure": failure}
+        return row | {"failure": failure, "posterior": posterior}
 
     own = share(count)
     starts = range(own.start, own.stop, settings.batch_size)
@@ -183,9 +207,15 @@ def evaluate(
         divergence = Pilot.of(flow, like, divergence).divergence
     how = f"{solver}, {divergence}; {units if data.levels else 'continuous'}, {draws} draw(s)"
     how += ", weighed by importance" if settings.importance else ""
+    how += f"; {CONDS[settings.cond]}" if data.cond is not None else ""
     seconds = time.monotonic() - began
     result = _summary(rows, data.units.metric, how, seconds, settings.importance)
     result = replace(result, pilot_nfe=result.pilot_nfe + planned)
+    if shares is not None:
+        sizes = [len(row["per_sample"]) for row in rows]
+        posterior = joined([row["posterior"] for row in rows], sizes, data.cond.count, draws)
+        accuracy, nats = seen_classes(posterior, data.test_cond[:count])
+        result = replace(result, posterior=posterior, class_accuracy=accuracy, class_nats=nats)
     failed = [row["failure"] for row in rows if row["failure"] is not None]
     if failed:
         error = SamplingError(failed[0])
@@ -252,7 +282,7 @@ def _lost(count: int, failure: str) -> dict[str, Any]:
     """A batch of ``count`` samples of which a solver said nothing before it gave up."""
     unknown = torch.full((count,), math.nan, dtype=torch.float64)
     nothing = {"nfe": 0, "passes": 0, "pilot_nfe": 0, "clock": torch.empty(0)}
-    empty = {"information": torch.empty(count, 0), "failure": failure}
+    empty = {"information": torch.empty(count, 0), "failure": failure, "posterior": None}
     return {name: unknown for name in COLUMNS} | nothing | empty
 
 
@@ -330,6 +360,8 @@ def show(result: Evaluation, data: Dataset, what: str) -> None:
     left = [f"{name} {value:+.2g}" for name, value in others.items() if math.isfinite(value)]
     if known or left:
         say(f"    of its error: {', '.join(known) or 'unknown'}; {', '.join(left)}")
+    if math.isfinite(result.class_accuracy):
+        say(f"    {class_words(result.class_accuracy, result.class_nats, result.num_samples)}")
     if math.isfinite(result.effective_draws):
         say(f"    of the draws {result.effective_draws:.2f} have the weight")
     noise = result.errors.get("probe_error", torch.zeros(1)).median() / per_nat(data)

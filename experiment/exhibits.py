@@ -81,10 +81,12 @@ def drawn_by(about: Row) -> str:
     parts += [f"{count} {word}{'' if count == 1 else 's'}" for count, word in counts]
     parts += [
         f"{key} {about[key]:g}"
-        for key in ("eta", "temperature")
+        for key in ("eta", "temperature", "guidance")
         if is_number(about.get(key)) and about[key] != 1
     ]
     parts += [f"average {about['average']}"] if about.get("average") else []
+    asked = about.get("cond", "training")
+    parts += [] if asked == "training" else [f"cond {asked}"]
     precision = about.get("precision", "float32")
     return ", ".join(parts + ([] if precision == "float32" else [str(precision)]))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from experiment.checkpoint import write_atomically
+from experiment.conditions import Conditions
 from experiment.errors import RunError
 from experiment.progress import say
 from experiment.variance_heads import kept_head, learned_variance
@@ -31,6 +32,7 @@ def fitted(
     *,
     checkpoint: Path,
     folder: Path,
+    conditions: Conditions | None = None,
     drawn_by: ScoreModel | None = None,
     objective: Mapping[str, Tensor] | None = None,
 ) -> Sampler:
@@ -43,6 +45,9 @@ def fitted(
         like: A tensor [B, ...] like those to be sampled.
         checkpoint: Its digest names what is kept.
         folder: Where that is kept.
+        conditions: Of the samples. Steps are fitted under conditions of the training set, whatever
+            is asked for; under guidance, or without condition, they are kept apart. None for a
+            model without.
         drawn_by: The same weights as they will sample, in half precision or compiled: a variance
             head goes on its features. ``model`` if not given.
         objective: See :func:`experiment.variance_heads.learned_variance`.
@@ -50,7 +55,9 @@ def fitted(
     Raises:
         RunError: If it wants a variance and the mode that finds it has not run.
     """
+    score = model.score if conditions is None else conditions.typical(model)
     if sampler.wanted:
+        _refuse_changed(sampler, conditions)
         return sampler.given(
             {
                 name: _variance_of(
@@ -60,16 +67,31 @@ def fitted(
             }
         )
     if getattr(sampler, "grid", sampler) is not None:
-        return sampler.fitted(model.score, model.sde, like)
+        return sampler.fitted(score, model.sde, like)
     weights = digest_of(checkpoint)
-    kept = _path(f"grid-{sampler.steps:02d}" if sampler.tries else "grid", weights, folder)
+    kind = f"grid-{sampler.steps:02d}" if sampler.tries else "grid"
+    kept = _path(kind if conditions is None else kind + conditions.fit, weights, folder)
     fit = _read(kept, weights, _fit)
     if fit is None:
-        fit = sampler.fit(model.score, model.sde, like)
+        fit = sampler.fit(score, model.sde, like)
         _write(kept, weights, clock=fit.grid.clock, density=fit.grid.density, rule=fit.rule)
         rule = f" by the rule {fit.rule!r}" if sampler.tries else ""
         say(f"steps fitted to the model{rule}, once: {kept}")
     return sampler.settled(fit)
+
+
+def _refuse_changed(sampler: Sampler, conditions: Conditions | None) -> None:
+    """A variance is that of the score that it was measured or trained on.
+
+    Raises:
+        RunError: Under guidance, or without the condition that the model was given then.
+    """
+    if conditions is not None and conditions.changed:
+        raise RunError(
+            f"{type(sampler).__name__} with variance={', '.join(sorted(sampler.wanted))} knows "
+            f"the errors of the score under each condition, and these samples are to be drawn "
+            f"{conditions}. Take another sampler, or mode.guidance=1 and no mode.cond=none."
+        )
 
 
 def _fit(content: dict[str, Any]) -> Fit:

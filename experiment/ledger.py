@@ -12,8 +12,8 @@ import numpy as np
 
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
-from experiment.evaluation import UNITS, Evaluation
-from experiment.settings import Likelihood, units_of
+from experiment.evaluation import Evaluation
+from experiment.settings import CONDS, Likelihood, units_of
 from experiment.side_files import read_json
 from score_models import ScoreModel
 
@@ -99,6 +99,7 @@ def append_evaluation(
         **(average or {}),
         "dequantization": _dequantized(data, settings),
         "settings": str(settings),
+        "condition": CONDS[settings.cond] if data.cond is not None else "none",
         "note": f"probability-flow ODE; density at {_where(model, data, settings)}",
     }
     write_atomically(path, json.dumps([*_rows(path), row], indent=1).encode())
@@ -117,5 +118,6 @@ def keep_samples(folder: Path, result: Evaluation, label: str, seed: int) -> Pat
         **{name: values.numpy() for name, values in result.errors.items()},
         clock=result.information[0].numpy(),
         information=result.information[1].numpy(),
+        **({"log_posterior": result.posterior.numpy()} if result.posterior.numel() else {}),
     )
     return path

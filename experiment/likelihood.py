@@ -40,7 +40,12 @@ def likelihood(run: Run) -> None:
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
     data = as_trained(data, run.config)
-    settings.check(data, on_centres=not run.config["training"].get("dequantize", True))
+    training = run.config["training"]
+    settings.check(
+        data,
+        on_centres=not training.get("dequantize", True),
+        label_dropout=training.get("label_dropout", 0.0),
+    )
     run.path.mkdir(parents=True, exist_ok=True)
     own = path.absolute().parent == run.checkpoints.absolute()
     label = f"{iteration:08d}" + ("" if own else f"-of-{path.absolute().parents[1].name}")
@@ -73,7 +78,8 @@ def likelihood(run: Run) -> None:
         name = path.name if own else str(path.absolute())
         more = {"bounds": bounds, "average": run.average.as_row()}
         append_evaluation(run.path, result, iteration, model, data, settings, name, **more)
-        if own and not run.average.name:  # the record and its views are of this run's training
+        # the record and its views are of this run's training
+        if own and not run.average.name and settings.cond == "own":
             Record(run.path).log(result.as_metrics(), iteration)
             tracker.log(result.as_metrics(), iteration)
     say(renew_report(run.path))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from experiment.conditions import Conditions, Score
 from experiment.data import Dataset
 from experiment.data.samples import first_rows
 from experiment.figures import plot_density, plot_path
@@ -29,44 +30,29 @@ ROUGH = FixedGrid(24, halve=False)
 
 
 def draw_plane(
-    folder: Path, name: str, model: ScoreModel, data: Dataset, way: list[Frame]
+    folder: Path, name: str, model: ScoreModel, conditions: Conditions, way: list[Frame]
 ) -> Path:
-    """Write ``density-<name>.png`` and ``path-<name>.png`` into ``folder``.
+    """Write ``density-<name>.png`` and ``path-<name>.png`` into ``folder``; of samples without a
+    density of their own, such as guided ones, the latter alone. The first that is written.
 
     Args:
         folder: Made if it is not there.
         name: What the names of the files end with.
         model: In evaluation mode.
-        data: 2-D. Of K levels, level v is drawn as its bin [v, v + 1].
+        conditions: Of the samples, and the 2-D data. Of K levels, level v is drawn as its bin
+            [v, v + 1].
         way: From noise to samples, states [N, 2] in model units.
     """
-    units, device = _affine(data), next(model.parameters()).device
-    flow = probability_flow(model.sde, model.score)
-    time = model.sde.time_at(torch.tensor(SHOWN_NOISE, dtype=torch.float64).log() * -2)
-
-    def log_prob(values: Tensor) -> Tensor:
-        x = units.encode(values).to(device)
-        result = log_likelihood(flow, x, divergence=Exact(), solver=ROUGH)
-        return units.log_prob(result.log_prob.cpu(), (2,))
-
-    @torch.no_grad()
-    def score(values: Tensor) -> Tensor:
-        return model.score(units.encode(values).to(device), time).cpu() / units.scale
-
+    data = conditions.data
+    units = _affine(data)
     generator = torch.Generator().manual_seed(0)
     encoded = data.units.encode(first_rows(data.test, SHOWN), generator)
     test, samples = units.decode(encoded), units.decode(way[-1].x.cpu())
-    picture = folder / f"density-{name}.png"
-    plot_density(
-        log_prob,
-        samples,
-        test[: len(samples)],
-        score,
-        data.log_density,
-        _extent(test),
-        picture,
-        resolution=RESOLUTION,
-    )
+    shared, picture = conditions.density(model), folder / f"density-{name}.png"
+    if shared is None:
+        picture = folder / f"path-{name}.png"
+    else:
+        _draw_density(picture, model, shared, data, units, samples, test)
     last = len(way) - 1
     shown = [way[i] for i in sorted({round(i * last / (PANELS - 1)) for i in range(PANELS)})]
     data_on_the_way = [
@@ -79,6 +65,40 @@ def draw_plane(
         truth=[*data_on_the_way, test[:DRAWN]],
     )
     return picture
+
+
+def _draw_density(
+    picture: Path,
+    model: ScoreModel,
+    shared: Score,
+    data: Dataset,
+    units: Standardization,
+    samples: Tensor,
+    test: Tensor,
+) -> None:
+    """What the score function ``shared`` of all samples has learnt, in data units."""
+    flow, device = probability_flow(model.sde, shared), next(model.parameters()).device
+    time = model.sde.time_at(torch.tensor(SHOWN_NOISE, dtype=torch.float64).log() * -2)
+
+    def log_prob(values: Tensor) -> Tensor:
+        x = units.encode(values).to(device)
+        result = log_likelihood(flow, x, divergence=Exact(), solver=ROUGH)
+        return units.log_prob(result.log_prob.cpu(), (2,))
+
+    @torch.no_grad()
+    def score(values: Tensor) -> Tensor:
+        return shared(units.encode(values).to(device), time).cpu() / units.scale
+
+    plot_density(
+        log_prob,
+        samples,
+        test[: len(samples)],
+        score,
+        data.log_density,
+        _extent(test),
+        picture,
+        resolution=RESOLUTION,
+    )
 
 
 def noised(x0: Tensor, model: ScoreModel, frame: Frame, generator: torch.Generator) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from experiment import figures
 from experiment.checkpoint import write_atomically
+from experiment.conditions import Conditions, in_turn
 from experiment.config import choices
 from experiment.data import Dataset
 from experiment.errors import RunError
@@ -46,6 +47,8 @@ def sample(
     precision: str = "float32",
     compile: bool = False,
     cuda_graph: bool = False,
+    cond: Any = None,  # noqa: ANN401
+    guidance: float = 1.0,
 ) -> None:
     """Draw samples from the newest checkpoint of the run, or from ``checkpoint=PATH``.
 
@@ -65,6 +68,8 @@ def sample(
         compile: Whether ``torch.compile`` fuses the network.
         cuda_graph: Whether the whole trajectory is captured and replayed; needs a GPU and a
             sampler with steps known beforehand.
+        cond: Of a conditional model: see :class:`experiment.conditions.Conditions`.
+        guidance: Of a conditional model: scale of classifier-free guidance, 1 for none.
     """
     asked = Asked(num_samples, batch_size, temperature, precision, compile, cuda_graph)
     validation.installed("matplotlib")
@@ -77,33 +82,49 @@ def sample(
     run, model, path, iteration = run.trained()
     data = as_trained(data, run.config)
     sampler.check(model.sde)
+    dropout = run.config.get("training", {}).get("label_dropout", 0.0)
+    conditions = Conditions(data, run.seed, cond, guidance, dropout)
+    if asked.cuda_graph and not conditions.fixed:
+        raise RunError(
+            "mode.cuda_graph=true holds one condition for all samples, and these are asked for "
+            f"{conditions}. Ask for one, such as mode.cond=0, or leave out cuda_graph."
+        )
     quick = faster(model, precision=precision, compile=compile)
     like = torch.zeros(1, *data.shape, device=run.device())
     where = {"checkpoint": path, "folder": run.fitted, "objective": run.average.objective}
-    made = first_alone(lambda: fitted(sampler, model, like, drawn_by=quick, **where))
+    where |= {"conditions": conditions, "drawn_by": quick}
+    made = first_alone(lambda: fitted(sampler, model, like, **where))
     made = Captured(made) if asked.cuda_graph else made
     with tracker.watching(run.path, run.config, run.config["run"]["name"]):
-        parts, seconds = _drawn(run, quick, made, data.shape, asked)
+        parts, seconds = _drawn(run, quick, made, conditions, asked)
         if rank() > 0:
             return  # the first process has all samples and writes them
         values = data.units.decode(torch.cat([part.samples for part in parts]))
-        about = _about(run, sampler, asked, path) | {
+        about = _about(run, sampler, asked, path) | conditions.about()
+        about |= {
             **run.average.as_row(),
             "iteration": iteration,
             "nfe": max(part.nfe for part in parts),
             "seconds": seconds,
         }
-        identity = asked.identity(sampler, run.seed, path) + run.average.suffix
+        identity = asked.identity(sampler, run.seed, path) + str(conditions) + run.average.suffix
         digest = hashlib.sha256(identity.encode()).hexdigest()[:6]
         name = f"{iteration:08d}-{about['sampler']}-{about['nfe']}-{digest}"
         array = run.path / "samples" / f"samples-{name}.npz"
-        keep(values, [seed for part in parts for seed in part.seeds], about, array)
+        keep(
+            values,
+            [seed for part in parts for seed in part.seeds],
+            about,
+            array,
+            conditions.of(range(asked.num_samples)),
+        )
+        under = f" {conditions}" if str(conditions) else ""
         say(
-            f"{asked.num_samples} samples by {sampler}, {about['nfe']} evaluations each, "
+            f"{asked.num_samples} samples{under} by {sampler}, {about['nfe']} evaluations each, "
             f"{seconds:.1f} s: {array}"
         )
         # of the model as it was loaded: a compiled network has no second derivatives
-        picture = draw_pictures(run.path, name, model, data, values, parts[0].way)
+        picture = draw_pictures(run.path, name, model, conditions, values, parts[0].way)
         note = json.dumps(about | {"drawn": time.time()}, indent=1)
         write_atomically(array.with_suffix(".json"), note.encode())
         if picture is not None:
@@ -141,15 +162,16 @@ class Asked:
 
 
 def _drawn(
-    run: Run, model: ScoreModel, sampler: Sampler, shape: tuple[int, ...], asked: Asked
+    run: Run, model: ScoreModel, sampler: Sampler, conditions: Conditions, asked: Asked
 ) -> tuple[list[Drawn], float]:
     """The samples of all processes, in order, and the seconds that they took."""
+    shared = conditions.score(model, range(1)) if conditions.fixed else None
 
     def drawn(rows: range) -> Drawn:
-        score = Counted(model.score)
+        score = Counted(shared or conditions.score(model, rows))
         heat = asked.temperature
         streams = sample_paths(run.seed, "samples", rows, run.device(), temperature=heat)
-        way = draw(score, model, sampler, shape, streams)
+        way = draw(score, model, sampler, conditions.data.shape, streams)
         shown = [frame._replace(x=frame.x.cpu()) for frame in way] if rows.start == 0 else []
         return Drawn(way[-1].x.cpu(), streams.seeds, score.nfe, shown)
 
@@ -174,8 +196,15 @@ def _about(run: Run, sampler: Sampler, asked: Asked, path: Path) -> dict[str, An
     }
 
 
-def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path) -> None:
-    """Write samples in data units with their seeds and what they are of as ``path``, an npz."""
+def keep(
+    values: Tensor,
+    seeds: list[int],
+    about: Mapping[str, Any],
+    path: Path,
+    cond: Tensor | None = None,
+) -> None:
+    """Write samples in data units with their seeds and what they are of as ``path``, an npz; with
+    the condition of each, if there are any."""
     path.parent.mkdir(parents=True, exist_ok=True)
     known = ("nfe", "seconds", "temperature", "precision", "checkpoint")
     np.savez(
@@ -185,6 +214,7 @@ def keep(values: Tensor, seeds: list[int], about: Mapping[str, Any], path: Path)
         sampler=about["repr"],
         average=about.get("average", ""),
         **{key: about[key] for key in known},
+        **({} if cond is None else {"cond": cond.numpy(), "guidance": about["guidance"]}),
     )
 
 
@@ -244,34 +274,53 @@ def draw_and_save(
     """Pictures of ``count`` samples, the same noise each time; None where nothing can be drawn."""
     if len(data.shape) != 3 and data.shape != (2,):
         return None
-    count = count if len(data.shape) == 3 else max(count, 2000)
+    pictures = len(data.shape) == 3
+    count = count if pictures else max(count, 2000)
+    dropout = run.config.get("training", {}).get("label_dropout", 0.0)
+    asked = in_turn(data) if pictures else None
+    conditions = Conditions(data, run.seed, asked, label_dropout=dropout)
     streams = sample_paths(run.seed, "samples", range(count), run.device())
-    way = draw(Counted(model.score), model, sampler, data.shape, streams)
+    score = Counted(conditions.score(model, range(count)))
+    way = draw(score, model, sampler, data.shape, streams)
     values = data.units.decode(way[-1].x.cpu())
-    return draw_pictures(run.path, f"{iteration:08d}", model, data, values, way)
+    return draw_pictures(run.path, f"{iteration:08d}", model, conditions, values, way)
 
 
 def draw_pictures(
-    folder: Path, name: str, model: ScoreModel, data: Dataset, values: Tensor, way: list[Frame]
+    folder: Path,
+    name: str,
+    model: ScoreModel,
+    conditions: Conditions,
+    values: Tensor,
+    way: list[Frame],
 ) -> Path | None:
     """Grid and strip of images, density and path of points in the plane; None for other data.
+
+    Where conditions are taken in turn, the grid has a row for each.
 
     Args:
         folder: Of the run.
         name: What the names of the files end with.
         model: In evaluation mode, as it was loaded.
-        data: What it was trained on.
+        conditions: Of the samples, and the data that the model was trained on.
         values: Samples in data units.
         way: Of some of them.
     """
+    data = conditions.data
     if data.shape == (2,):
-        return draw_plane(folder / "figures", name, model, data, way)
+        return draw_plane(folder / "figures", name, model, conditions, way)
     if len(data.shape) != 3:
         return None
     folder = folder / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     grid = folder / f"grid-{name}.png"
-    figures.save_grid(to_bytes(values, data), grid)
+    images, turns = to_bytes(values, data), conditions.turns()
+    if turns is None or len(images) < turns:
+        figures.save_grid(images, grid)
+    else:
+        each = len(images) // turns  # what is left over has no row
+        rows = images[: each * turns].unflatten(0, (each, turns)).transpose(0, 1)
+        figures.save_grid(rows.flatten(0, 1), grid, each, labels=conditions.labels())
     shown = [_visible(frame.x[:STRIP]) for frame in way[:-1]] + [way[-1].x[:STRIP]]
     steps = [to_bytes(data.units.decode(state.cpu()), data) for state in shown]
     figures.save_strip(steps, folder / f"strip-{name}.png", labels=labels(way))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from experiment import metrics
 from experiment.batches import trained_units
+from experiment.conditions import refuse_no_null
 from experiment.data import Dataset
 from experiment.data.samples import first_rows
 from experiment.progress import say
@@ -31,6 +32,11 @@ from sde_lib import ProbabilityFlow, validation
 from sde_lib.samplers import SamplingError
 
 UNITS = {name.removeprefix("eval/"): unit for name, unit in metrics.UNITS.items()}
+CONDS = {
+    "own": "each under its own condition",
+    "none": "without condition",
+    "marginal": "marginal over all classes",
+}
 DEQUANTIZATIONS = ("uniform", "truncated_normal", "variational")
 
 
@@ -56,6 +62,9 @@ class Likelihood:
         bounds: T; the ELBO and the bound of the model in T steps are then computed beside the
             likelihood; null: they are not.
         max_samples: Evaluate only so many of the test set; all if null.
+        cond: Of a conditional model: own scores each sample under its own condition, log p(x | c);
+            none without it; marginal sums over all classes, each a likelihood of its own,
+            and tells their posterior.
     """
 
     solver: Solver | None = None
@@ -68,6 +77,7 @@ class Likelihood:
     importance: bool = False
     bounds: int | None = None
     max_samples: int | None = None
+    cond: str = "own"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "draws"):
@@ -75,6 +85,12 @@ class Likelihood:
                 self, name, validation.count("likelihood", name, getattr(self, name))
             )
         validation.choice("likelihood", "basis", self.basis, BASES)
+        validation.choice("likelihood", "cond", self.cond, CONDS)
+        if self.cond == "marginal" and self.bounds is not None:
+            raise ValueError(
+                "likelihood.bounds are of one condition, and likelihood.cond=marginal sums over "
+                "all: of noisy bounds that is none. Take likelihood.cond=own or leave out bounds."
+            )
         validation.choice("likelihood", "dequantization", self.dequantization, DEQUANTIZATIONS)
         if validation.flag("likelihood", "importance", self.importance) and self.draws < 2:
             raise ValueError(
@@ -89,17 +105,25 @@ class Likelihood:
             count = validation.count("likelihood", "max_samples", self.max_samples, at_least=2)
             object.__setattr__(self, "max_samples", count)
 
-    def check(self, data: Dataset, *, on_centres: bool | None = None) -> None:
+    def check(
+        self,
+        data: Dataset,
+        *,
+        on_centres: bool | None = None,
+        label_dropout: float | None = None,
+    ) -> None:
         """Refuse what would be ignored, or be wrong, for this ``data`` and model.
 
         Args:
             data: What is to be scored.
             on_centres: Whether the model was trained on the centres of the bins; None if that is
                 not known.
+            label_dropout: Of its training; None if that is not known.
 
         Raises:
             ValueError: Naming the setting.
         """
+        self._check_cond(data, label_dropout)
         asked = {
             "draws": (self.draws, 1),
             "importance": (self.importance, False),
@@ -125,6 +149,17 @@ class Likelihood:
                 "likelihood.importance=true needs to know the noise of the probes, which one kept "
                 "along the path cannot tell. Take likelihood.divergence.num_probes=2."
             )
+
+    def _check_cond(self, data: Dataset, label_dropout: float | None) -> None:
+        if self.cond != "own" and data.cond is None:
+            raise ValueError(
+                f"likelihood.cond={self.cond} is for a conditional model, and {data.name} comes "
+                "without conditions. Leave it out, or use one of data.conditional=true."
+            )
+        if self.cond == "marginal":
+            data.cond.each("likelihood.cond=marginal")
+        if self.cond == "none" and label_dropout is not None:
+            refuse_no_null("likelihood.cond=none", label_dropout)
 
     @property
     def _keeps_probes(self) -> bool:

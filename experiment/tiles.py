@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from experiment.canvas import write_picture
 from sde_lib.validation import count
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TILE = 48  # pixels; a digit of 8x8 needs about this much to be read on a screen
 PALE, HEADING = 225, 16  # grey between the tiles, pixels of a line above them
@@ -23,6 +27,7 @@ def save_grid(
     columns: int | None = None,
     scale: int | None = None,
     pad: int = PAD,
+    labels: Sequence[str] = (),
 ) -> Path:
     """Write images side by side as one PNG.
 
@@ -33,6 +38,7 @@ def save_grid(
         columns: Images in a row; the grid is about square if not given.
         scale: Whole-number enlargement by repetition; tiles get at least 48 pixels if not given.
         pad: Pixels between tiles.
+        labels: What to write left of the rows, one each; none leaves no room for them.
 
     Raises:
         ValueError: If images are no uint8 of that shape, there is none, or a number is below 1.
@@ -43,7 +49,8 @@ def save_grid(
     columns = min(count("save_grid", "columns", columns), len(images))
     scale = _scale(images, "save_grid", scale)
     pad = count("save_grid", "pad", pad, at_least=0)
-    return _save_pixels(_tile(images.detach().cpu(), columns, scale, pad), path)
+    tiled = _tile(images.detach().cpu(), columns, scale, pad)
+    return _save_pixels(torch.cat([_margin(labels, tiled), tiled], 1) if labels else tiled, path)
 
 
 def save_strip(
@@ -101,8 +108,26 @@ def _heading(labels: Sequence[str], tiled: Tensor) -> Tensor:
     for place, label in enumerate(labels):
         middle = PAD / 2 + (place + 0.5) * column
         ImageDraw.Draw(line).text((middle, HEADING / 2), label, 0, font, anchor="mm")
+    return _as_pixels(line, tiled)
+
+
+def _margin(labels: Sequence[str], tiled: Tensor) -> Tensor:
+    """A column to go left of ``tiled``, a label in the middle of each row."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font, row = ImageFont.load_default(), (tiled.shape[0] - PAD) / len(labels)
+    width = math.ceil(max(map(font.getlength, labels))) + 4 * PAD
+    line = Image.new("L", (width, tiled.shape[0]), PALE)
+    for place, label in enumerate(labels):
+        middle = PAD / 2 + (place + 0.5) * row
+        ImageDraw.Draw(line).text((width / 2, middle), label, 0, font, anchor="mm")
+    return _as_pixels(line, tiled)
+
+
+def _as_pixels(line: Image.Image, tiled: Tensor) -> Tensor:
+    """A grey picture as pixels with the channels of ``tiled``."""
     grey = torch.frombuffer(bytearray(line.tobytes()), dtype=torch.uint8)
-    grey = grey.reshape(HEADING, tiled.shape[1])
+    grey = grey.reshape(line.height, line.width)
     return grey if tiled.ndim == 2 else grey[..., None].expand(-1, -1, tiled.shape[2])
 
 

@@ -79,7 +79,9 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
     likelihood: Likelihood = run.build("likelihood")
     sampler: Sampler = run.build("sampler")
     data: Dataset = run.build("data")
-    likelihood.check(data, on_centres=not settings.dequantize)
+    likelihood.check(
+        data, on_centres=not settings.dequantize, label_dropout=settings.label_dropout
+    )
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
     augment = augmentation(run, data)

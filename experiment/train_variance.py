@@ -12,6 +12,7 @@ from torch import Tensor
 
 from experiment.batches import Batches, trained_units
 from experiment.calibrate import calibrated
+from experiment.conditions import score_of_rows
 from experiment.data import Dataset
 from experiment.estimators import bound_times
 from experiment.fitted import digest_of, kept_variance
@@ -158,7 +159,9 @@ class _Training:
         generator = stream(self.run.seed, f"variance {settings.kind}", iteration)
         units = trained_units(self.run.config["training"], self.data)
         x0 = units.encode(self.data.train[rows], generator).to(self.run.device())
-        loss = head_loss(settings.meaning(self.analytic), self.model, head, x0, generator)
+        cond = None if self.data.cond is None else self.data.train_cond[rows].to(x0.device)
+        kind = settings.meaning(self.analytic)
+        loss = head_loss(kind, self.model, head, x0, generator, cond)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(head.parameters()), 1.0)
@@ -206,17 +209,16 @@ def gains(
     values = data.test[:num_test]
     units = trained_units(run.config["training"], data)
     x = units.encode(values, stream(run.seed, "variance test", 0)).to(run.device())
-    flow = probability_flow(model.sde, model.score)
+    flow = probability_flow(model.sde, score_of_rows(model, data, "test", len(x)))
     reverse = {"posterior": "posterior", "forward": "forward", **variances}
     lines = [f"cost of the steps, {UNITS[data.units.metric]}, of {len(x)} test samples:"]
     for steps in STEP_COUNTS:
         times, found = bound_times(flow, data, steps), {name: [] for name in reverse}
         for start in range(0, len(x), 128):
-            some = x[start : start + 128]
-            streams = sample_streams(
-                run.seed, f"variance vlb {steps}", range(start, start + len(some)), x.device
-            )
-            bounds = discrete_bounds(flow, some, reverse, times=times, generator=streams)
+            rows = range(start, min(start + 128, len(x)))
+            some, own = x[start : start + 128], flow.for_rows(rows)
+            streams = sample_streams(run.seed, f"variance vlb {steps}", rows, x.device)
+            bounds = discrete_bounds(own, some, reverse, times=times, generator=streams)
             for name, bound in bounds.items():
                 found[name].append(bound.terms[1:-1].sum(0).cpu() * metric)
         costs = {name: torch.cat(parts) for name, parts in found.items()}

@@ -75,7 +75,8 @@ def new_head(model: ScoreModel, shape: tuple[int, ...], settings: HeadSettings) 
         ValueError: If its network has no features.
     """
     x0 = torch.zeros(1, *shape, device=next(model.parameters()).device)
-    return head_of(model, x0, None, settings.width, settings.blocks)
+    cond = None if model.cond is None else model.cond.null(1, x0.device)
+    return head_of(model, x0, cond, settings.width, settings.blocks)
 
 
 def head_path(kind: str, weights: str, folder: Path) -> Path:

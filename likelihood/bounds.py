@@ -25,6 +25,7 @@ from sde_lib.reverse_variance import (
     named_variance,
     posterior,
 )
+from sde_lib.rows import for_rows
 from sde_lib.sde import SDE, Level, expand_like
 
 
@@ -313,7 +314,7 @@ def calibrate_variance(
 
         def square(rows: range, level: Level = level, noise: Tensor = noise) -> Tensor:
             some = slice(rows.start, rows.stop)
-            error = noise_error(flow.score, x[some], level, noise[some])
+            error = noise_error(for_rows(flow.score, rows), x[some], level, noise[some])
             return error.square().flatten(1).mean(1)
 
         starts = range(0, len(x), batch_size)

@@ -56,6 +56,7 @@ def plan(
     """
     validation.real("plan", "standard_error", standard_error, above=0)
     divergence = divergence or suited(tuple(like.shape[1:]))
+    flow = flow.for_others(SAMPLES)
     x = _own_samples(flow, like)
     start = _enough_nodes(flow, x, divergence.with_probes(1), standard_error / 2)
     if not divergence.random:
@@ -102,7 +103,7 @@ def _own_samples(flow: ProbabilityFlow, like: Tensor) -> Tensor:
     def drawn(rows: range) -> Tensor:
         shape = (len(rows), *like.shape[1:])
         prior = flow.sde.prior_sample(shape, generator=_streams(1, rows), dtype=torch.float64)
-        return decode(flow, prior.to(like))
+        return decode(flow.for_rows(rows), prior.to(like))
 
     return torch.cat(in_halves(drawn, range(SAMPLES)))
 
@@ -117,8 +118,9 @@ def _tried(
     """What is picked of the likelihood of each sample, [SAMPLES] float64; in halves as above."""
 
     def solved(rows: range) -> Tensor:
-        some, streams = x[rows.start : rows.stop], _streams(2, rows)
-        found = log_likelihood(flow, some, solver=solver, divergence=divergence, generator=streams)
+        some, own = x[rows.start : rows.stop], flow.for_rows(rows)
+        streams = _streams(2, rows)
+        found = log_likelihood(own, some, solver=solver, divergence=divergence, generator=streams)
         return pick(found).double()
 
     return torch.cat(in_halves(solved, range(SAMPLES)))

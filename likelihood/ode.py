@@ -13,6 +13,7 @@ from likelihood.result import LogLikelihood
 from likelihood.solvers import FixedGrid, Path, Solver
 from sde_lib.noise import Generator, check_generator
 from sde_lib.reverse import ProbabilityFlow
+from sde_lib.rows import by_row
 from sde_lib.samplers.base import SamplingError
 from sde_lib.sde import Level
 
@@ -100,19 +101,20 @@ def _result(flow: ProbabilityFlow, x: Tensor, path: Path, began: float) -> LogLi
     log_prob = log_prior + x[0].numel() * torch.log(end.alpha / start.alpha) + path.volume
     prior_difference = log_prior.detach() - flow.prior_log_prob(scale * path.z_other)
     difference = torch.hypot(prior_difference, path.volume_difference)
+    whole = int(by_row(flow.score))  # the look at the origin takes all rows where they differ
     return LogLikelihood(
         log_prob=log_prob.to(x.dtype),
         standard_error=path.spread.variance.sqrt().to(x.dtype),
         freedom=path.spread.freedom.to(x.dtype),
         latent=latent.to(x.dtype),
-        nfe=path.nfe,
+        nfe=path.nfe + whole,
         passes=path.passes,
         solver_error=(difference / path.shrink).to(x.dtype),
         truncation=_truncation(x.detach().double(), start, *path.first).to(x.dtype),
         prior_mismatch=_prior_mismatch(flow, latent.detach(), x, end, *path.last).to(x.dtype),
         clock=path.clock,
         trace=path.trace.to(x.dtype),
-        pilot_nfe=path.pilot_nfe + 1,
+        pilot_nfe=path.pilot_nfe + 1 - whole,
         seconds=time.monotonic() - began,
     )
 
@@ -141,12 +143,13 @@ def _prior_mismatch(
     known at the latent, its linear part at the origin, tr Q from the trace, and c from
     the fact that densities integrate to one.
     """
-    linear = level.noise(flow.score(torch.zeros_like(x[:1]), level.t).double())  # at the origin
+    few = x if by_row(flow.score) else x[:1]
+    linear = level.noise(flow.score(torch.zeros_like(few), level.t).double())  # at the origin
     sigma = level.sigma
     # gradient of g, times sigma: x / sigma - eps_hat
     gradient = latent / sigma - noise
     first = -(latent * linear).flatten(1).sum(1) / sigma
     second = 0.5 * (latent * (gradient + linear)).flatten(1).sum(1) / sigma
-    constant = -0.5 * (latent[0].numel() - trace) - 0.5 * linear.square().sum()
+    constant = -0.5 * (latent[0].numel() - trace + linear.square().flatten(1).sum(1))
     own_prior = flow.sde.prior_log_prob(latent) + first + second + constant
     return own_prior - flow.prior_log_prob(latent)

@@ -52,6 +52,7 @@ class Pilot:
         cls, flow: ProbabilityFlow, like: Tensor, divergence: Divergence, *, samples: int = SAMPLES
     ) -> Pilot:
         """Draw a few samples of the model, roughly, and watch the trace along their paths.
+        Where the score function has conditions, they are its ``others``.
 
         Depends on the flow and on shape, dtype and device of ``like`` alone: not on its values,
         so that no sample sees the others. Remembered by the flow, and the same for any number of
@@ -73,8 +74,10 @@ class Pilot:
         start, end = flow.clock_range()
         clock = torch.linspace(end, start, NODES, dtype=torch.float64)
         bases = divergence.bases(shape)
+        others = flow.for_others(samples)
         parts = in_halves(
-            lambda rows: _watched(flow, like, divergence, clock, rows), range(samples)
+            lambda rows: _watched(others.for_rows(rows), like, divergence, clock, rows),
+            range(samples),
         )
         traces = torch.cat(parts, dim=-1).flip(1).cpu()  # [bases, M, k, samples]
         single = traces.shape[2] == 1  # an exact trace

@@ -25,7 +25,8 @@ class LogLikelihood:
         standard_error: Of ``log_prob``, from the spread of the probes, nats, [B]; zero with the
             exact trace, NaN where a single probe kept along the path cannot say.
         latent: Where each sample ends at t_max, [B, ...].
-        nfe: Forward passes of the score function over the batch.
+        nfe: Forward passes of the score function over the batch; one of them looks at the origin
+            where the score function has conditions by row.
         passes: Backward passes (vector-Jacobian products) over the batch.
         solver_error: Size of the integration error, nats, [B], from half of the nodes or ten
             times the tolerance; on a fixed grid with probes, what of it stands out from their

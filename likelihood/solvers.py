@@ -381,8 +381,8 @@ class Adaptive(Solver):
         half = len(x) // 2
         return _joined(
             [
-                self._solved(flow, x[:half], divergence, probes[:, :half]),
-                self._solved(flow, x[half:], divergence, probes[:, half:]),
+                self._solved(flow.for_rows(rows), x[rows], divergence, probes[:, rows])
+                for rows in (slice(half), slice(half, len(x)))
             ]
         )
 

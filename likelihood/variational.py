@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from likelihood.dequantize import Dequantization, Dequantized
 from sde_lib import SDE, ProbabilityFlow, validation
 from sde_lib.noise import Generator, rand, randn_like
+from sde_lib.rows import Rows, for_rows
 
 Bound = Callable[[Tensor, Generator], Tensor]
 LIMIT = 2.0  # of the log-scale of one coupling: no single step can run away
@@ -209,9 +210,21 @@ def one_sample_bound(flow: ProbabilityFlow) -> Bound:
     Returns:
         Function (x [B, ...], generator) -> one draw of the bound, nats, [B] float64.
     """
-    low, high = flow.clock_range()
+    return _OneSampleBound(flow)
 
-    def bound(x: Tensor, generator: Generator = None) -> Tensor:
+
+class _OneSampleBound:
+    """The bound of :func:`one_sample_bound`; under conditions, of the batch that they are for."""
+
+    def __init__(self, flow: ProbabilityFlow) -> None:
+        self.flow, self.ends = flow, flow.clock_range()
+
+    def for_rows(self, rows: Rows) -> _OneSampleBound:
+        """Of the samples ``rows`` of that batch."""
+        return _OneSampleBound(self.flow.for_rows(rows))
+
+    def __call__(self, x: Tensor, generator: Generator = None) -> Tensor:
+        flow, (low, high) = self.flow, self.ends
         u = rand((len(x),), generator, device=x.device, dtype=torch.float64)
         level = flow.level_at(low + (high - low) * u).like(x)
         alpha, sigma = level.expand_like(x)[1:3]
@@ -220,8 +233,6 @@ def one_sample_bound(flow: ProbabilityFlow) -> Bound:
         error = (noise - eps_hat).double().square().flatten(1).sum(1)
         decoder = -x[0].numel() * (low + 0.5 * math.log(2 * math.pi * math.e))
         return _prior_term(flow, x, high, generator) - (high - low) * error + decoder
-
-    return bound
 
 
 def _prior_term(flow: ProbabilityFlow, x: Tensor, clock: float, generator: Generator) -> Tensor:
@@ -274,11 +285,11 @@ def fit_dequantization(
         weights, lr=validation.real("fit_dequantization", "lr", lr, above=0)
     )
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    draw = partial(_batch, values, batch_size, generator)
-    _check_bound(dequantization, bound, draw(), generator)
+    draw = partial(_batch, values, bound, batch_size, generator)
+    _check_bound(dequantization, *draw(), generator)
     history = []
     for step in range(steps):
-        gain = _gain(dequantization, bound, draw(), generator)
+        gain = _gain(dequantization, *draw(), generator)
         _set_gradients(weights, -gain, step)
         optimizer.step()
         falling.step()
@@ -286,10 +297,14 @@ def fit_dequantization(
     return torch.stack(history)
 
 
-def _batch(values: Tensor, size: int, generator: torch.Generator | None) -> Tensor:
+def _batch(
+    values: Tensor, bound: Bound, size: int, generator: torch.Generator | None
+) -> tuple[Bound, Tensor]:
+    """So many rows of ``values``, and the bound for them."""
     device = values.device if generator is None else generator.device
     rows = torch.randint(len(values), (size,), generator=generator, device=device)
-    return values[rows.to(values.device)]
+    rows = rows.to(values.device)
+    return for_rows(bound, rows), values[rows]
 
 
 def _gain(

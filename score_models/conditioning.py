@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,26 @@ class Conditioning(ABC):
     @abstractmethod
     def embedding(self, width: int) -> nn.Module:
         """A module cond [B, ...] -> [B, ``width``], with a learned value for the null."""
+
+    @abstractmethod
+    def each(self, owner: str) -> Tensor:
+        """All conditions that there are, [C, ...].
+
+        Raises:
+            ValueError: If there is no end of them.
+        """
+
+    def few(self, most: int) -> list[int] | None:
+        """All conditions there are, where that is at most so many; else None."""
+        return None
+
+    @abstractmethod
+    def read(self, owner: str, value: Any) -> Tensor:  # noqa: ANN401
+        """One condition or a list of them, written as numbers, as ``cond`` [K, ...].
+
+        Raises:
+            ValueError: Saying what ``owner`` takes.
+        """
 
     def drop(self, cond: Tensor, dropped: Tensor) -> Tensor:
         """``cond`` with the null in the rows where ``dropped``, booleans [B], is true."""
@@ -70,6 +91,26 @@ class Classes(Conditioning):
             )
         return cond
 
+    def each(self, owner: str) -> Tensor:
+        return torch.arange(self.count)
+
+    def few(self, most: int) -> list[int] | None:
+        return list(range(self.count)) if self.count <= most else None
+
+    def read(self, owner: str, value: Any) -> Tensor:  # noqa: ANN401
+        listed = value if isinstance(value, list | tuple) else [value]
+        whole = [n for n in listed if isinstance(n, int) and not isinstance(n, bool)]
+        if (
+            not listed
+            or len(whole) < len(listed)
+            or not 0 <= min(whole) <= max(whole) < self.count
+        ):
+            raise ValueError(
+                f"{owner} takes a class, a whole number in 0 .. {self.count - 1}, or a list of "
+                f"them, as the model knows {self.count} classes; got {value!r}."
+            )
+        return torch.tensor(whole)
+
     def null(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         return torch.full((batch,), self.count, dtype=torch.int64, device=device)
 
@@ -101,6 +142,25 @@ class Vector(Conditioning):
                 "with .float(), and repeat a single row with .expand(batch, -1)."
             )
         return cond
+
+    def each(self, owner: str) -> Tensor:
+        raise ValueError(
+            f"{owner} goes through all conditions, and there is no end of vectors; it is for a "
+            "model of classes."
+        )
+
+    def read(self, owner: str, value: Any) -> Tensor:  # noqa: ANN401
+        try:
+            found = torch.as_tensor(value, dtype=torch.float32)
+        except (TypeError, ValueError, RuntimeError):
+            found = torch.empty(0)
+        rows = found[None] if found.ndim == 1 else found
+        if rows.ndim != 2 or rows.shape[1] != self.size or not bool(rows.isfinite().all()):
+            raise ValueError(
+                f"{owner} takes a list of {self.size} finite numbers, or a list of such lists, as "
+                f"the model is conditioned on {self.size} numbers; got {value!r}."
+            )
+        return rows
 
     def null(self, batch: int, device: torch.device | str = "cpu") -> Tensor:
         return torch.full((batch, self.size), torch.nan, device=device)

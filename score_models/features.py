@@ -73,14 +73,15 @@ class Features:
         self._asked = [(_recall(value), _version(value)) for value in asked]
 
     def are_of(self, *asked: Any) -> bool:  # noqa: ANN401
-        """Whether they are of these very objects, none of them written to since.
+        """Whether they are of these very objects, none of them written to since; of the first of
+        what was noted, where fewer are asked for.
 
         Never of tensors made in inference mode, where writing leaves no trace.
         """
         own = self.latest is not None and self._own() is self.latest
         return own and all(
             recall() is value and version is not None and version == _version(value)
-            for (recall, version), value in zip(self._asked, asked, strict=True)
+            for (recall, version), value in zip(self._asked, asked, strict=False)
         )
 
 

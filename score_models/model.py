@@ -79,6 +79,27 @@ class ScoreModel(nn.Module):
             self._evaluate(x, t, cond)
         return self._features.latest
 
+    @torch.no_grad()
+    def features_beside(self, x: Tensor, t: Tensor) -> Tensor:
+        """The :meth:`features` at ``x`` and ``t``, under the condition that was given there.
+
+        For a second head that goes with the score right before it, whoever has bound that.
+
+        Raises:
+            ValueError: If the model is conditional and its latest evaluation was another one.
+        """
+        if self.cond is None:
+            return self.features(x, t)
+        self.keep_features()
+        if not self._features.are_of(x, t):
+            raise ValueError(
+                "the second head of a conditional model takes its condition from the score that "
+                "was evaluated right before, of the very same x and t; got others, or tensors of "
+                "inference mode, guidance, or a wrapper that copies x. Evaluate the score there "
+                "first, under no_grad, or take a variance that needs no head."
+            )
+        return self._features.latest
+
     def _noise_and_sigma(self, x: Tensor, t: Tensor, cond: Tensor | None) -> tuple[Tensor, Tensor]:
         y, rho, sigma, raw = self._evaluate(x, t, cond)
         p = self.parameterization

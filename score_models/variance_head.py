@@ -113,13 +113,14 @@ class HeadOutput:
         model.keep_features()
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Costs no pass of the network right after the score of the same tensors, without cond.
+        """Costs no pass of the network right after the score of the same tensors, whose condition
+        holds here too.
 
         A wrapper that has the score evaluated at a copy of x costs one pass more, which a counter
-        around the score does not see.
+        around the score does not see; with a conditional model it is refused.
         """
         # a head stays in its own precision, whatever the network runs in
-        features = self.model.features(x, t).to(next(self.head.parameters()).dtype)
+        features = self.model.features_beside(x, t).to(next(self.head.parameters()).dtype)
         return self.head(features, log_ratio(self.model, t).to(features).expand(len(x)))
 
 

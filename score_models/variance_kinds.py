@@ -194,7 +194,12 @@ def stratified(n: int, generator: Generator) -> Tensor:
 
 
 def head_loss(
-    kind: HeadKind, model: ScoreModel, head: VarianceHead, x0: Tensor, generator: Generator
+    kind: HeadKind,
+    model: ScoreModel,
+    head: VarianceHead,
+    x0: Tensor,
+    generator: Generator,
+    cond: Tensor | None = None,
 ) -> Tensor:
     """Mean loss of a coordinate of one batch ``x0`` [B, ...], in the unit of ``kind``; one pass
     of the frozen model.
@@ -205,13 +210,14 @@ def head_loss(
         head: In training.
         x0: Data in model units.
         generator: Source of levels and noise.
+        cond: Of each sample, where the model wants it.
     """
     earlier, later = kind.levels(model.sde, len(x0), generator)
     earlier, later = (Level(*(c.to(x0.device) for c in level)) for level in (earlier, later))
     noise = randn_like(x0, generator)
     x = expand_like(later.alpha.to(x0), x0) * x0 + expand_like(later.sigma.to(x0), x0) * noise
     with torch.no_grad():
-        eps_hat = model.noise(x, later.t)
-        features = model.features(x, later.t)
+        eps_hat = model.noise(x, later.t, cond)
+        features = model.features(x, later.t, cond)
     out = head(features, later.noise_ratio.log().to(features))
     return kind.loss(out, noise, eps_hat, earlier, later).mean()

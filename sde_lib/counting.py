@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sde_lib.rows import Wrapper
 
-class Counted:
+
+class Counted(Wrapper):
     """A callable that counts its calls.
 
     >>> score = Counted(model.score)
@@ -22,8 +24,22 @@ class Counted:
     """
 
     def __init__(self, function: Callable) -> None:
-        self.function = function
-        self.nfe = 0
+        super().__init__(function)
+        self._calls = [0]  # shared with its parts
+
+    @property
+    def nfe(self) -> int:
+        return self._calls[0]
+
+    @nfe.setter
+    def nfe(self, calls: int) -> None:
+        self._calls[0] = calls
+
+    def around(self, function: Callable) -> Counted:
+        """Counts on in the same place."""
+        part = Counted(function)
+        part._calls = self._calls
+        return part
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         self.nfe += 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sde_lib import validation
+from sde_lib.rows import Rows, for_others, for_rows
 from sde_lib.sde import SDE, Level, expand_like
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -83,6 +84,26 @@ class ProbabilityFlow:
         """Velocity dx/dt at ``x`` [B, ...] and ``t`` [] or [B]."""
         half_g2 = 0.5 * self.sde.diffusion(t).square()
         return self.sde.drift(x, t) - expand_like(half_g2.to(x.dtype), x) * self.score(x, t)
+
+    def for_rows(self, rows: Rows) -> ProbabilityFlow:
+        """The flow of the samples ``rows`` of the batch that the score function is for.
+
+        A score function that treats all alike is for any batch, and so is its flow. The parts of
+        one flow share its ``memory``, so that they share its pilot and no sample depends on where
+        a batch was cut.
+        """
+        return self._with(for_rows(self.score, rows))
+
+    def for_others(self, count: int) -> ProbabilityFlow:
+        """The flow of ``count`` samples that are none of the batch: those of a pilot."""
+        return self._with(for_others(self.score, count))
+
+    def _with(self, score: Score) -> ProbabilityFlow:
+        if score is self.score:
+            return self
+        part = replace(self, score=score)
+        object.__setattr__(part, "memory", self.memory)
+        return part
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Log-density [B] of the prior at the end of the flow."""

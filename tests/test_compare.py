@@ -23,6 +23,7 @@ from experiment.bench import Asked, Bench
 from experiment.chosen import Label
 from experiment.compare import compare, measured, refuse_all
 from experiment.compare_figure import TITLES, plot_comparison
+from experiment.conditions import Conditions
 from experiment.config import named, walk
 from experiment.contenders import Trial, contenders, evaluations, spending, trials
 from experiment.data import Dataset
@@ -65,6 +66,7 @@ def bench(tmp_path):
         exact_model(SDE),
         tmp_path / "weights.pt",
         ASKED,
+        Conditions(SimpleNamespace(cond=None), 5),
         train,
         test,
         median_bandwidths(test),

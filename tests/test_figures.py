@@ -20,6 +20,7 @@ from torch.testing import assert_close
 
 from experiment import canvas, figures, plane, plane_figures
 from experiment.canvas import GREY, ORANGE, STYLE, write_picture
+from experiment.conditions import Conditions
 from experiment.data import Dataset, eight_gaussians
 from experiment.figures import (
     plot_bits,
@@ -576,7 +577,9 @@ def exact_model(data: Dataset) -> Known:
 def test_the_plane_shows_the_density_in_data_units_to_hundredths_of_its_top(handed):
     data = eight_gaussians(train_size=500, test_size=100)
 
-    plane.draw_plane(Path("unused"), "7-x", exact_model(data), data, way(torch.zeros(9, 2)))
+    plane.draw_plane(
+        Path("unused"), "7-x", exact_model(data), Conditions(data, 0), way(torch.zeros(9, 2))
+    )
 
     log_prob, _, test, _, truth, extent, path = handed["plot_density"]
     points = torch.cat([data.test, torch.tensor([[0.0, 0.0], [3.5, 3.5]])])
@@ -593,7 +596,7 @@ def test_the_plane_shows_the_score_of_slightly_noisy_data_in_data_units(handed):
     data = eight_gaussians(train_size=500, test_size=100)
     model = exact_model(data)
 
-    plane.draw_plane(Path("unused"), "7", model, data, way(torch.zeros(9, 2)))
+    plane.draw_plane(Path("unused"), "7", model, Conditions(data, 0), way(torch.zeros(9, 2)))
 
     score = handed["plot_density"][3](data.test)
     time = model.times[-1]
@@ -610,7 +613,7 @@ def test_the_plane_shows_k_level_data_with_each_level_as_wide_as_its_bin(handed)
     model = Known(GaussianMixture(torch.tensor([[0.25, -0.5]]), 0.1))  # model units: [-1, 1]
     state = torch.tensor([[0.25, -0.5], [-1.0, 1.0]])
 
-    plane.draw_plane(Path("unused"), "7", model, data, way(state))
+    plane.draw_plane(Path("unused"), "7", model, Conditions(data, 0), way(state))
 
     log_prob, samples, test, score, *_ = handed["plot_density"]
     assert_close(samples, torch.tensor([[2.5, 1.0], [0.0, 4.0]]))
@@ -630,7 +633,7 @@ def test_the_way_begins_with_the_noise_and_ends_with_the_samples(handed, number)
     data = eight_gaussians(train_size=100, test_size=20)
     states = [Frame(i, 0.1, 9.0 - i, torch.full((450, 2), float(i))) for i in range(number)]
 
-    plane.draw_plane(Path("unused"), "7", exact_model(data), data, states)
+    plane.draw_plane(Path("unused"), "7", exact_model(data), Conditions(data, 0), states)
 
     shown, path, labels = handed["plot_path"]
     places = [round(float(data.units.encode(state)[0, 0])) for state in shown]
@@ -669,7 +672,7 @@ def test_the_plane_is_written_as_two_pictures(tmp_path, monkeypatch):
     data = eight_gaussians(train_size=100, test_size=20)
 
     picture = plane.draw_plane(
-        tmp_path / "figures", "30", exact_model(data), data, way(torch.randn(9, 2))
+        tmp_path / "figures", "30", exact_model(data), Conditions(data, 0), way(torch.randn(9, 2))
     )
 
     assert picture.name == "density-30.png"

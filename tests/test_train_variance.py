@@ -141,7 +141,7 @@ def test_heads_are_taught_and_held_to_data_of_the_units_of_the_model(
     class Seen(Exception):
         """Enough was seen."""
 
-    def taught(kind, model, head, x0, generator):
+    def taught(kind, model, head, x0, generator, cond):
         seen["train"] = x0
         raise Seen
 

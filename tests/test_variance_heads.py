@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from small_models import ANALYTIC, SDE, Watched, picture_model, time, vector_model
+from small_models import ANALYTIC, SDE, Watched, picture_model, random_model, time, vector_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -16,8 +16,9 @@ from experiment.variance_heads import (
     variance_of_head,
 )
 from likelihood import calibrate_variance, discrete_bounds
-from score_models import Noise, ScoreModel, faster
-from score_models.variance_head import VarianceHead
+from score_models import Classes, Noise, ScoreModel, conditioned, faster
+from score_models.networks import MLP
+from score_models.variance_head import HeadOutput, VarianceHead, head_of
 from score_models.variance_kinds import KINDS, head_loss
 from sde_lib import Counted, probability_flow
 from sde_lib.oracles import GaussianMixture
@@ -261,3 +262,20 @@ def test_levels_of_training_cover_the_clock_and_neighbours_are_neighbours():
 def test_impossible_heads_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_head_on_a_conditional_model_goes_with_the_condition_of_the_score():
+    watched = Watched(MLP((2,), width=16, blocks=1, cond=Classes(3)))
+    model = random_model(watched)
+    model.network.cond = Classes(3)
+    head = head_of(model, torch.zeros(1, 2), torch.tensor([0]), width=8, blocks=1)
+    nn.init.normal_(head.leave.weight, std=0.3)
+    output, x, t = HeadOutput(model, head), torch.randn(3, 2), time(0.0)
+    for cond in (torch.tensor([0, 1, 2]), torch.tensor([2, 2, 1])):
+        wanted = head(model.features(x, t, cond), torch.zeros(3))
+        conditioned(model.score, cond)(x, t)
+        before = watched.passes
+        assert_close(output(x, t), wanted)
+        assert watched.passes == before, "no pass of its own"
+    with pytest.raises(ValueError, match="takes its condition from the score"):
+        output(x.clone(), t)

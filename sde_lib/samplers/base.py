@@ -16,6 +16,7 @@ from sde_lib import validation
 from sde_lib.grids import Grid, Karras, checked
 from sde_lib.noise import Generator, check_generator, noise_over
 from sde_lib.reverse import Score
+from sde_lib.rows import Wrapper
 from sde_lib.samplers.remembered import remembered
 from sde_lib.sde import SDE, Level
 
@@ -309,14 +310,19 @@ class FixedStepSampler(PlannedSampler):
         return remembered(_levels, self.grid, sde, self.steps)
 
 
-class InShape:
+class InShape(Wrapper):
     """A score function whose answers are held to the shape and the dtype of its argument."""
 
     def __init__(self, score: Score) -> None:
-        self.score, self.fits = score, False
+        super().__init__(score)
+        self.fits = False
+
+    def around(self, function: Score) -> InShape:
+        """The same for another score function."""
+        return InShape(function)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        found = self.score(x, t)
+        found = self.function(x, t)
         if not isinstance(found, Tensor) or found.shape != x.shape:
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(

@@ -18,6 +18,7 @@ from sde_lib.grids import FittedGrid, Grid, Karras, UniformLogSNR, UniformTime
 from sde_lib.memory import in_halves
 from sde_lib.noise import Generator, PerSample
 from sde_lib.reverse import Score
+from sde_lib.rows import for_others, for_rows, innermost
 from sde_lib.samplers.base import FixedStepSampler, InShape, SamplingError, check_samples
 from sde_lib.samplers.exponential import PREDICTIONS
 from sde_lib.samplers.multistep import DEIS, Multistep, UniPC, lowered
@@ -179,13 +180,14 @@ RULES: dict[str, Callable[[FlowAdams, FittedGrid], FixedStepSampler]] = {
 
 def _best_rule(asked: FlowAdams, pilot: _Pilot, score: Score, sde: SDE) -> str:
     """The rule whose ends are nearest to the pilot's, in mean square."""
+    others = for_others(score, len(pilot.start))
 
     def error(rule: str) -> float:
         sampler = replace(RULES[rule](asked, pilot.grid), denoise=False)
 
         def squares(rows: range) -> Tensor:
-            part = slice(rows.start, rows.stop)
-            for _, end in sampler.trajectory(score, sde, pilot.start[part]):  # noqa: B007
+            part, own = slice(rows.start, rows.stop), for_rows(others, rows)
+            for _, end in sampler.trajectory(own, sde, pilot.start[part]):  # noqa: B007
                 pass
             return (end - pilot.end[part]).double().square().flatten(1).mean(1)
 
@@ -199,7 +201,8 @@ def _best_rule(asked: FlowAdams, pilot: _Pilot, score: Score, sde: SDE) -> str:
 def _state(score: Score) -> tuple[int, ...]:
     """Tells whether the weights of the module that ``score`` is, or is a method of, have changed
     since: torch counts what is done to a tensor in place."""
-    owner = getattr(score, "__self__", score)
+    inner = innermost(score)
+    owner = getattr(inner, "__self__", inner)
     tensors = owner.parameters() if isinstance(owner, nn.Module) else ()
     return tuple(tensor._version for tensor in tensors)
 
@@ -218,7 +221,7 @@ def fitted_grid(
         score: Score function.
         sde: The process.
         like: A tensor [B, ...] like those to be sampled; its values do not matter.
-        samples: How many to follow.
+        samples: How many to follow; of a score function with conditions, under its ``others``.
         seed: Of the first; the others have the next ones.
     """
     return _look(score, sde, like, samples, seed).grid
@@ -235,6 +238,7 @@ class _Pilot(NamedTuple):
 @torch.no_grad()
 def _look(score: Score, sde: SDE, like: Tensor, samples: int, seed: int) -> _Pilot:
     sampler = FlowAdams(NODES, grid=UniformLogSNR(), order=4, denoise=False)
+    others = for_others(score, samples)
     levels = sampler.levels(sde)
     p, q = (column.tolist() for column in PREDICTIONS["v"].of_score(levels))
 
@@ -243,7 +247,8 @@ def _look(score: Score, sde: SDE, like: Tensor, samples: int, seed: int) -> _Pil
         start and their end."""
         last: list[Tensor] = []
         found: list[Tensor] = []
-        inner = InShape(score)
+        own = for_rows(others, rows)
+        inner = InShape(own)
 
         def watched(x: Tensor, t: Tensor) -> Tensor:
             n = len(last) + len(found)
@@ -262,7 +267,7 @@ def _look(score: Score, sde: SDE, like: Tensor, samples: int, seed: int) -> _Pil
         for _, end in sampler.trajectory(watched, sde, start):  # noqa: B007
             pass
         try:
-            check_samples(sampler, score, sde, start, end)
+            check_samples(sampler, own, sde, start, end)
         except SamplingError as error:
             raise SamplingError(f"looking at the model before sampling, by {error}") from error
         return torch.stack(found, dim=1), start, end

@@ -14,6 +14,7 @@ from sde_lib import validation
 from sde_lib.counting import Counted
 from sde_lib.noise import Generator
 from sde_lib.reverse import ProbabilityFlow, Score, probability_flow
+from sde_lib.rows import for_rows
 from sde_lib.samplers.adaptive import check_tolerances
 from sde_lib.samplers.base import InShape, Sampler, SamplingError, denoise
 from sde_lib.samplers.exponential import Prediction, polynomial_weights
@@ -99,8 +100,10 @@ class RowScore:
 
     def __call__(self, front: Front, rows: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """The scores of ``rows`` at ``x`` [A, ...] and ``t`` [A]; other rows wait."""
-        if self.compact or len(rows) == len(front.x):
+        if len(rows) == len(front.x):
             return self.score(x, t)
+        if self.compact:
+            return for_rows(self.score, rows)(x, t)
         everything = front.x.index_copy(0, rows.to(x.device), x)
         times = t.new_full((len(front.x),), float(t[0])).index_copy(0, rows.to(t.device), t)
         return self.score(everything, times)[rows.to(x.device)]

@@ -13,7 +13,7 @@ import numpy as np
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.evaluation import Evaluation
-from experiment.settings import CONDS, Likelihood, units_of
+from experiment.settings import CONDS, UNITS, Likelihood, units_of
 from experiment.side_files import read_json
 from score_models import ScoreModel
 

@@ -251,9 +251,9 @@ def test_the_key_that_is_told_is_the_wrong_one_of_several(known):
 
 
 def test_a_group_without_keys_does_not_list_what_is_internal(known):
-    message = "Key 'num_samples' is not in struct"
-    assert explain(message, ["mode.num_samples=8"], known) == (
-        "unknown key 'mode.num_samples'; with these choices mode has no keys."
+    message = "Key 'probability' is not in struct"
+    assert explain(message, ["augment.probability=1"], known) == (
+        "unknown key 'augment.probability'; with these choices augment has no keys."
     )
 
 

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from experiment import diagnose_advice as advice
 from experiment.checkpoint import list_checkpoints, write_atomically
 from experiment.config import choices, named
 from experiment.data import Dataset
-from experiment.diagnose_advice import Advice
-from experiment.diagnose_figure import plot_diagnosis
-from experiment.diagnose_levels import Wanted
-from experiment.diagnose_model import OwnLevels, even_levels, own_levels
-from experiment.diagnose_page import FILE, PICTURE
-from experiment.diagnose_probes import bases
-from experiment.diagnose_seen import Curves, Seen
-from experiment.diagnose_spread import PriorFit
-from experiment.diagnose_trained import ByLevel, Trained, by_level, numbers
-from experiment.diagnose_words import lines
+from experiment.diagnosis import advice
+from experiment.diagnosis.advice import Advice
+from experiment.diagnosis.figure import plot_diagnosis
+from experiment.diagnosis.levels import Wanted
+from experiment.diagnosis.model import OwnLevels, even_levels, own_levels
+from experiment.diagnosis.page import FILE, PICTURE
+from experiment.diagnosis.probes import bases
+from experiment.diagnosis.seen import Curves, Seen
+from experiment.diagnosis.spread import PriorFit
+from experiment.diagnosis.trained import ByLevel, Trained, by_level, numbers
+from experiment.diagnosis.words import lines
 from experiment.progress import say
 from experiment.report import write_report
 from experiment.run import Run

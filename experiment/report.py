@@ -11,7 +11,7 @@ from typing import Any
 
 from experiment import figures
 from experiment.canvas import write_picture
-from experiment.diagnose_page import diagnosis
+from experiment.diagnosis.page import diagnosis
 from experiment.exhibits import comparison, samples, widths
 from experiment.ledger import is_own
 from experiment.page import is_number, load, page, picture, plain

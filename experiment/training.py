@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +13,16 @@ import torch
 from torch import Tensor
 
 from experiment.averages import Exponential, Power, Profile
-from experiment.batches import Batch, Recipe, trained_units
+from experiment.batches import Recipe, trained_units
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.feed import Feed
-from experiment.progress import progress, say
-from experiment.seeds import hashed
+from experiment.progress import progress
 from experiment.state import State
-from score_models import Objective
+from experiment.step import Step
+from experiment.window import Window
 from sde_lib import validation
-from sde_lib.memory import out_of_memory
 
 
 @dataclass(frozen=True)
@@ -191,7 +186,7 @@ def fit(
         ahead=speed.batches_ahead(state.device),
         workers=speed.workers,
     )
-    step, window = _Step(state, settings, seed), _Window(state)
+    step, window = Step(state, settings, seed), Window(state)
     state.trained.train()
     with feed.running():
         bar = progress(range(state.iteration, settings.steps), "training")
@@ -223,144 +218,6 @@ def fit(
             if saves or snaps or evaluates:
                 window.restart_clock()
     return True
-
-
-class _Step:
-    """One iteration: the gradient, in as many parts as memory asks for, and the update.
-
-    Args:
-        state: Changed in place.
-        settings: How to optimise.
-        seed: Seed of dropout.
-    """
-
-    def __init__(self, state: State, settings: Training, seed: int) -> None:
-        self.state, self.settings, self.seed = state, settings, seed
-        self.rows = state.processes.share(settings.batch_size)
-        self.parts = state.speed.accumulate
-        if self.parts > len(self.rows):
-            raise RunError(
-                f"speed.accumulate={self.parts} is more than the {len(self.rows)} samples of a "
-                "batch that a process works on; make it smaller."
-            )
-        self.observes = type(state.objective).observe is not Objective.observe
-
-    def __call__(self, batch: Batch, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss and norm, means over the whole batch, and whether the update was left out."""
-        losses = self._gradient(batch, iteration)
-        state, size = self.state, self.settings.batch_size
-        loss = state.processes.mean(losses.sum() * (state.processes.size / size))
-        norm, skip = state.update(loss, self.settings.lr_at(iteration), self.settings.clip)
-        if self.observes:
-            rows = state.processes.rows
-            numbers = {k: v for k, v in batch.draws.items() if v.ndim == 1}  # not the noise
-            draws = {name: rows(values, size) for name, values in numbers.items()}
-            state.objective.observe(draws, rows(losses, size))
-        return loss, norm, skip
-
-    def _gradient(self, batch: Batch, iteration: int) -> Tensor:
-        """Loss of each sample [b]; the gradient of their mean is left in the model."""
-        while True:
-            try:
-                return self._in_parts(batch, iteration)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                self._halve(iteration, error)
-
-    def _in_parts(self, batch: Batch, iteration: int) -> Tensor:
-        state, losses = self.state, []
-        state.trained.zero_grad(set_to_none=True)
-        for number in range(self.parts):
-            start, stop = (len(batch.x0) * n // self.parts for n in (number, number + 1))
-            # dropout draws from the global stream
-            row = self.rows.start + start
-            torch.manual_seed(hashed(self.seed, f"dropout {iteration}", row))
-            part = batch[start:stop]
-            with state.processes.last(state.loss, number == self.parts - 1):
-                loss = state.loss(part.x0, part.draws, part.cond)
-                share = loss.sum() * (state.processes.size / self.settings.batch_size)
-                (share * state.scale.factor).backward()
-            losses.append(loss.detach())
-        return torch.cat(losses)
-
-    def _halve(self, iteration: int, error: RuntimeError) -> None:
-        """Take half as many rows at a time from now on."""
-        rows, several = len(self.rows), self.state.processes.size > 1
-        if several or self.parts == rows:
-            remedy = (
-                f"the processes cannot change course one by one: speed.accumulate={2 * self.parts}"
-                if several
-                else "use a smaller network, network.checkpointing=true or another device"
-            )
-            raise MemoryError(
-                f"out of memory at iteration {iteration} with {-(-rows // self.parts)} samples at "
-                f"once; {remedy}, and the same command goes on."
-            ) from error
-        error.__traceback__ = None  # its frames hold the activations
-        self.state.trained.zero_grad(set_to_none=True)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self.parts = min(rows, 2 * self.parts)
-        say(
-            f"out of memory at iteration {iteration}: from now on {-(-rows // self.parts)} "
-            "samples at once, the same gradient"
-        )
-
-
-class _Window:
-    """Means since the last line of the record, summed on the device."""
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self._empty()
-
-    def _empty(self) -> None:
-        self.sums = torch.zeros(4, device=self.state.device)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Forget the time that something else took."""
-        self.timed, self.since, self.waited = 0, time.monotonic(), 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While the batch is waited for."""
-        began = time.monotonic()
-        yield
-        self.waited += time.monotonic() - began
-
-    def add(self, loss: Tensor, norm: Tensor, skip: Tensor, clip: float) -> None:
-        """One more iteration; one that was left out counts for nothing but the time."""
-        row = torch.stack([loss, norm, (norm > clip).to(loss), torch.ones_like(loss)])
-        self.sums += torch.where(skip, torch.zeros_like(row), row.detach()).to(self.sums)
-        self.timed += 1
-
-    def close(self, batch_size: int) -> dict[str, float]:
-        """The metrics of the window, NaN if all of it was skipped; the next one begins."""
-        loss, norm, clipped, _ = (self.sums / self.sums[-1]).tolist()
-        seconds = max(time.monotonic() - self.since, 1e-9)
-        metrics = {
-            "train/loss": loss,
-            "train/grad_norm": norm,
-            "train/clipped": clipped,
-            "train/skipped": self.state.faults.skipped,
-            "perf/images_per_s": self.timed * batch_size / seconds,
-            "perf/waiting": self.waited / seconds,
-            "perf/memory_gb": memory_gb(self.state.device),
-        }
-        if self.state.scale.moves:
-            metrics["train/loss_scale"] = float(self.state.scale.factor)
-        self._empty()
-        return metrics
-
-
-def memory_gb(device: torch.device) -> float:
-    """The most memory so far: of tensors on a GPU, of the whole process on a CPU; 1e9 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _check(state: State, recipe: Recipe, seed: int, folder: Path) -> None:

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 import run as entry
-from experiment.diagnose_advice import basis, data_std, levels, sigma_max
-from experiment.diagnose_figure import plot_diagnosis
-from experiment.diagnose_levels import Wanted
-from experiment.diagnose_model import Errors
-from experiment.diagnose_page import diagnosis as section
-from experiment.diagnose_probes import Bases, measured_bases
-from experiment.diagnose_spread import Distance, PriorFit
-from experiment.diagnose_trained import ByLevel
-from experiment.diagnose_words import lines
+from experiment.diagnosis.advice import basis, data_std, levels, sigma_max
+from experiment.diagnosis.figure import plot_diagnosis
+from experiment.diagnosis.levels import Wanted
+from experiment.diagnosis.model import Errors
+from experiment.diagnosis.page import diagnosis as section
+from experiment.diagnosis.probes import Bases, measured_bases
+from experiment.diagnosis.spread import Distance, PriorFit
+from experiment.diagnosis.trained import ByLevel
+from experiment.diagnosis.words import lines
 from experiment.errors import RunError
 from experiment.run import Run
 from score_models import EDM, ScoreModel

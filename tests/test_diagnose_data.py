@@ -10,12 +10,12 @@ import torch
 from torch.testing import assert_close
 
 from experiment.data import Dataset
-from experiment.diagnose_advice import about_values, data_levels
-from experiment.diagnose_facts import Lattice, lattice
-from experiment.diagnose_probes import bases
-from experiment.diagnose_samples import Part
-from experiment.diagnose_seen import Seen
-from experiment.diagnose_spread import PriorFit, largest_distance, principal_axes, spectrum
+from experiment.diagnosis.advice import about_values, data_levels
+from experiment.diagnosis.facts import Lattice, lattice
+from experiment.diagnosis.probes import bases
+from experiment.diagnosis.samples import Part
+from experiment.diagnosis.seen import Seen
+from experiment.diagnosis.spread import PriorFit, largest_distance, principal_axes, spectrum
 from likelihood.basis import cosines
 from sde_lib.oracles import GaussianMixture
 
@@ -45,7 +45,7 @@ class Lazy:
 
 
 def test_a_part_reads_every_sample_once_in_order_or_a_random_choice(monkeypatch) -> None:
-    monkeypatch.setattr("experiment.diagnose_samples.BLOCK", 30)
+    monkeypatch.setattr("experiment.diagnosis.samples.BLOCK", 30)
     values = normal(23, 3)
     whole = Part("train", Lazy(values), (3,), 100)
     assert_close(torch.cat(list(whole.blocks())), values)

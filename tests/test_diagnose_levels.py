@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from experiment.data import Dataset, checkerboard, eight_gaussians
-from experiment.diagnose_floor import known_floor, without_gaps
-from experiment.diagnose_levels import Curve, Wanted, gaussian_curve, levels_for, simple_curve
-from experiment.diagnose_model import (
+from experiment.diagnosis.floor import known_floor, without_gaps
+from experiment.diagnosis.levels import Curve, Wanted, gaussian_curve, levels_for, simple_curve
+from experiment.diagnosis.model import (
     GROUPS,
     Errors,
     even_levels,

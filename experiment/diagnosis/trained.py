@@ -12,9 +12,9 @@ from torch import Tensor
 
 from experiment.checkpoint import load_checkpoint, stored_config
 from experiment.config import check_targets
-from experiment.diagnose_floor import known_floor, without_gaps
-from experiment.diagnose_levels import SURE, Curve, Wanted, gaussian_curve
-from experiment.diagnose_model import (
+from experiment.diagnosis.floor import known_floor, without_gaps
+from experiment.diagnosis.levels import SURE, Curve, Wanted, gaussian_curve
+from experiment.diagnosis.model import (
     GROUPS,
     Errors,
     Gradients,
@@ -24,9 +24,9 @@ from experiment.diagnose_model import (
     noise_errors,
     own_levels,
 )
-from experiment.diagnose_probes import Bases, measured_bases
-from experiment.diagnose_samples import Part
-from experiment.diagnose_seen import Seen
+from experiment.diagnosis.probes import Bases, measured_bases
+from experiment.diagnosis.samples import Part
+from experiment.diagnosis.seen import Seen
 from experiment.run import Run
 from experiment.seeds import stream
 from score_models import ScoreModel

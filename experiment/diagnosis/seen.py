@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from experiment.batches import trained_units
 from experiment.data import Dataset
-from experiment.diagnose_facts import Coordinates, Facts, Lattice, facts, lattice
-from experiment.diagnose_floor import known_floor, without_gaps
-from experiment.diagnose_levels import (
+from experiment.diagnosis.facts import Coordinates, Facts, Lattice, facts, lattice
+from experiment.diagnosis.floor import known_floor, without_gaps
+from experiment.diagnosis.levels import (
     KERNEL_NUMBERS,
     QUERIES,
     QUERY_NUMBERS,
@@ -22,8 +23,8 @@ from experiment.diagnose_levels import (
     levels_for,
     simple_curve,
 )
-from experiment.diagnose_samples import Part, Units
-from experiment.diagnose_spread import (
+from experiment.diagnosis.samples import Part, Units
+from experiment.diagnosis.spread import (
     Distance,
     PriorFit,
     largest_distance,
@@ -31,7 +32,6 @@ from experiment.diagnose_spread import (
     spectrum,
 )
 from experiment.seeds import stream
-from experiment.training import trained_units
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiment.diagnose_facts import Coordinates, in_units
-from experiment.diagnose_samples import Part, Units
+from experiment.diagnosis.facts import Coordinates, in_units
+from experiment.diagnosis.samples import Part, Units
 
 MOST_PAIRED = 4096  # samples whose distances are all worked out
 MATCHED = 1e-4  # nats a dimension that the prior may be off

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
-from experiment.diagnose_words import findings
+from experiment.diagnosis.words import findings
 from experiment.exhibits import table
 from experiment.page import load, picture
 

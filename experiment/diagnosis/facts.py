@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from experiment.data import Dataset
-from experiment.diagnose_samples import Part, Units
+from experiment.diagnosis.samples import Part, Units
 
 FAR = 6.0  # robust standard deviations of the distance from the mean
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiment.diagnose_model import noised
-from experiment.diagnose_spread import principal_axes
+from experiment.diagnosis.model import noised
+from experiment.diagnosis.spread import principal_axes
 from experiment.settings import BASES
 from likelihood import Basis
 from score_models import ScoreModel

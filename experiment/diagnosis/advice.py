@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from experiment.diagnose_facts import Facts, Lattice
-from experiment.diagnose_levels import Wanted
-from experiment.diagnose_probes import Bases
-from experiment.diagnose_spread import Distance, PriorFit
+from experiment.diagnosis.facts import Facts, Lattice
+from experiment.diagnosis.levels import Wanted
+from experiment.diagnosis.probes import Bases
+from experiment.diagnosis.spread import Distance, PriorFit
 
 EFFICIENT = 0.9  # share of draws put to use from which a density of levels fits
 NEAR = 2.0  # ratio up to which a sigma_max is as good as another

@@ -187,7 +187,7 @@ def _sure_gain(gains: Tensor) -> float:
 
 def linear_denoiser(mean: Tensor, samples: Tensor) -> Callable[[Tensor, float], Tensor]:
     """The best linear denoiser (y [B, D], rho) -> [B, D] of data like ``samples`` [N, D]."""
-    from experiment.diagnose_spread import principal_axes
+    from experiment.diagnosis.spread import principal_axes
 
     centred = samples - mean
     axes = principal_axes(centred)

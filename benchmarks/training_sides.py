@@ -30,9 +30,9 @@ from score_models import (
     ScoreModel,
     UniformTimes,
     noise_regression,
+    score_matching_loss,
 )
 from score_models.networks import MLP, UNet
-from score_models.objective import score_matching_loss
 from sde_lib import VPSDE
 
 ROOT = Path(__file__).resolve().parents[1]

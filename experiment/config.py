@@ -149,7 +149,9 @@ def differences(
     return [
         f"{k}: {a.get(k, 'absent')} -> {b.get(k, 'absent')}"
         for k in sorted({*a, *b})
-        if a.get(k) != b.get(k) and not (k not in a and b[k] in off or k not in b and a[k] in off)
+        if str(a.get(k)) != str(b.get(k))  # NaN is not equal to itself, but the same
+        and a.get(k) != b.get(k)
+        and not (k not in a and b[k] in off or k not in b and a[k] in off)
     ]
 
 

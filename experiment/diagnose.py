@@ -23,6 +23,7 @@ from experiment.diagnosis.seen import Curves, Seen
 from experiment.diagnosis.spread import PriorFit
 from experiment.diagnosis.trained import ByLevel, Trained, by_level, numbers
 from experiment.diagnosis.words import lines
+from experiment.measured import as_trained
 from experiment.progress import say
 from experiment.report import write_report
 from experiment.run import Run
@@ -82,7 +83,10 @@ def diagnose(
     data: Dataset = run.build("data")
     there = run.config["checkpoint"] or list_checkpoints(run.checkpoints)
     trained = Trained(*run.trained()) if there else None
-    run = (trained.run if trained else run).measured(data)
+    if trained:
+        run = trained.run
+        data = as_trained(data, run.config)
+    run = run.measured(data)
     found = diagnosis(run, data, effort, trained)
     run.path.mkdir(parents=True, exist_ok=True)
     write_atomically(run.path / FILE, json.dumps(found, indent=1).encode())

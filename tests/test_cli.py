@@ -375,7 +375,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights_to_the_bit(tmp_path
 def test_a_tracker_that_raises_in_every_call_changes_no_weight(tmp_path, trained):
     broken = "tracking._target_=broken_tracker.Broken"
     allowed = {"SCORE_SDE_ALLOW": "broken_tracker"}
-    result = zygote().run(["mode=train", *TINY, broken], tmp_path, allowed)
+    result = zygote().run(["mode=train", *TINY, broken], tmp_path, env=allowed)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("the wire was cut") == 1 and "switched off" in result.stderr
     ours, theirs = (

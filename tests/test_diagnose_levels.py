@@ -22,9 +22,9 @@ from experiment.diagnosis.model import (
 )
 from score_models import (
     EDM,
+    DenoisingScoreMatching,
     ImportanceTimes,
     LogNormalSigma,
-    Objective,
     ScoreModel,
     UniformTimes,
     maximum_likelihood,
@@ -210,20 +210,20 @@ def test_the_levels_of_an_objective_are_its_draws_and_weights() -> None:
     clock = torch.arange(-8, 7, 0.25, dtype=torch.float64)
     inner = clock.abs() < 4
     normal = own_levels(
-        Objective(noise_regression, LogNormalSigma(mean=-1.0, std=1.5)), sde, clock
+        DenoisingScoreMatching(noise_regression, LogNormalSigma(mean=-1.0, std=1.5)), sde, clock
     )
     exact = torch.distributions.Normal(-1.0, 1.5).log_prob(clock).exp()
     assert_close(normal.density[inner], exact[inner], rtol=0.03, atol=3e-4)
     assert_close(normal.weight[inner], torch.ones_like(exact[inner]))
 
     level = sde.level(sde.time_at(-2 * clock))
-    uniform = own_levels(Objective(maximum_likelihood, UniformTimes()), sde, clock)
+    uniform = own_levels(DenoisingScoreMatching(maximum_likelihood, UniformTimes()), sde, clock)
     assert_close(uniform.density[inner], (1 / level.clock_rate)[inner], rtol=0.05, atol=3e-4)
     weight = level.diffusion**2 / level.sigma**2
     drawn = inner & (uniform.density > 0.01)
     assert_close(uniform.weight[drawn], weight[drawn], rtol=0.1, atol=0)
 
     weighed = ImportanceTimes(weight=maximum_likelihood)
-    even = own_levels(Objective(maximum_likelihood, weighed), sde, clock)
+    even = own_levels(DenoisingScoreMatching(maximum_likelihood, weighed), sde, clock)
     assert float(even.density[inner].std() / even.density[inner].mean()) < 0.02
     assert own_levels(object(), sde, clock) is None

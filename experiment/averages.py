@@ -106,23 +106,28 @@ class Average:
 
     def __init__(self, profile: Profile, trained: nn.Module) -> None:
         self.profile = profile
-        self.module = copy.deepcopy(trained).requires_grad_(False).eval()
+        self.module = frozen_copy(trained)
         self.weights: list[Tensor] = list(self.module.parameters())
         self.buffers: list[Tensor] = list(self.module.buffers())
         self.whole = True
 
     def hold(self, parts: list[Tensor]) -> None:
-        """From now on average these parts of the weights, where a process holds no more; the
-        module, which has them all, moves out of the way."""
+        """From now on average these parts of the weights, where a process holds no more. What else
+        the module has is then that of what is trained, and is taken from there when asked for."""
         self.whole = all(own is part for own, part in zip(self.weights, parts, strict=True))
         if not self.whole:
             self.weights = [part.detach().clone() for part in parts]
-            self.module.cpu()
-            self.buffers = list(self.module.buffers())
 
     @torch.no_grad()
     def update(self, weights: list[Tensor], buffers: list[Tensor], iteration: int) -> None:
         """One more iteration: weights are averaged, buffers copied."""
         torch._foreach_lerp_(self.weights, weights, 1 - self.profile.kept(iteration))
+        if not self.whole:
+            return
         for own, new in zip(self.buffers, buffers, strict=True):
             own.copy_(new)
+
+
+def frozen_copy(module: nn.Module) -> nn.Module:
+    """A copy in evaluation mode that is not trained."""
+    return copy.deepcopy(module).requires_grad_(False).eval()

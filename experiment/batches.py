@@ -43,18 +43,20 @@ class Batches:
     def __call__(self, iteration: int) -> Tensor:
         """Indices [batch_size] of an iteration, from 0; an epoch's rest opens the next batch."""
         start = iteration * self.batch_size
-        first, last = start // self.size, (start + self.batch_size - 1) // self.size
-        shuffled = torch.cat([self._epoch(epoch) for epoch in range(first, last + 1)])
-        offset = start - first * self.size
-        return shuffled[offset : offset + self.batch_size]
+        stop, parts = start + self.batch_size, []
+        while start < stop:
+            epoch, offset = divmod(start, self.size)
+            parts.append(self._epoch(epoch)[offset : offset + stop - start])
+            start += len(parts[-1])
+        return torch.cat(parts)
 
     def _epoch(self, epoch: int) -> Tensor:
-        if epoch not in self._epochs:
-            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = torch.randperm(
-                self.size, generator=stream(self.seed, "epoch", epoch)
-            )
-        return self._epochs[epoch]
+        order = self._epochs.get(epoch)
+        if order is None:
+            order = torch.randperm(self.size, generator=stream(self.seed, "epoch", epoch))
+            before = {e: o for e, o in self._epochs.items() if e == epoch - 1}
+            self._epochs = {**before, epoch: order}  # replaced at once: a thread may look too
+        return order
 
 
 class Batch(NamedTuple):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -121,10 +125,23 @@ _recipe: Recipe | None = None
 
 
 def _prepare(recipe: Recipe) -> None:
-    """In a worker: keep what all its batches have in common; one thread each."""
+    """In a worker: keep what all its batches have in common; one thread each.
+
+    Signals to the whole group are for the process that trains, which ends its workers; of one that
+    was killed they would wait for ever, so they look for it.
+    """
     global _recipe
     _recipe = recipe
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _made(iteration: int, rows: range) -> Batch:

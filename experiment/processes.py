@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from experiment.errors import RunError
 from experiment.shards import rank, together, world_size
+from score_models import Objective
 from sde_lib import validation
 
 
@@ -72,6 +73,18 @@ class Processes(ABC):
             )
         torch.cuda.set_device(device)
 
+    @property
+    def parted(self) -> bool:
+        """Whether a process holds parts of tensors; they have to lie in memory row by row."""
+        return False
+
+    def check(self, objective: Objective) -> None:  # noqa: B027
+        """Refuse an objective that cannot be trained so.
+
+        Raises:
+            RunError: Saying what to take.
+        """
+
     @abstractmethod
     def spread(self, module: nn.Module, device: torch.device) -> nn.Module:
         """What to call in place of ``module`` so that gradients are those of the whole batch.
@@ -89,7 +102,8 @@ class Processes(ABC):
 
     def norm(self, weights: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the gradient of the whole model, []."""
-        return torch.nn.utils.get_total_norm([w.grad for w in weights], foreach=True)
+        gradients = [w.grad for w in weights if w.grad is not None]  # frozen, or not used
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
     def whole(self, part: Tensor, like: Tensor) -> Tensor:
         """The tensor whose ``part`` this process holds; ``like`` is the parameter it belongs to.
@@ -172,6 +186,18 @@ class FSDP(Processes):
         super().__init__(timeout)
         self.smallest = validation.count("distributed", "smallest", smallest)
 
+    @property
+    def parted(self) -> bool:
+        return self.size > 1
+
+    def check(self, objective: Objective) -> None:
+        if self.parted and objective.second_derivatives:
+            raise RunError(
+                "distributed=fsdp frees the weights of a layer after its pass, and "
+                f"{type(objective).__name__} comes back to them for second derivatives. Take "
+                "distributed=ddp."
+            )
+
     def spread(self, module: nn.Module, device: torch.device) -> nn.Module:
         if self.size == 1:
             return module
@@ -188,11 +214,16 @@ class FSDP(Processes):
     def weights(self, module: nn.Module) -> list[nn.Parameter]:
         # plain tensors over the memory of the parts: an optimiser works by number, and its fused
         # kernel takes no distributed ones
-        return [nn.Parameter(_local(p).detach()) for p in module.parameters()]
+        return [
+            nn.Parameter(_local(p).detach(), requires_grad=p.requires_grad)
+            for p in module.parameters()
+        ]
 
     def collect(self, module: nn.Module, weights: Sequence[nn.Parameter]) -> None:
         for weight, parameter in zip(weights, module.parameters(), strict=True):
             gradient = parameter.grad
+            if not weight.requires_grad:
+                continue
             weight.grad = torch.zeros_like(weight) if gradient is None else _local(gradient)
 
     def norm(self, weights: Sequence[nn.Parameter]) -> Tensor:

@@ -74,14 +74,32 @@ class Speed:
                 f"{', '.join(compilers)}. Install one, name it in CXX, or leave it out."
             )
 
-    def of_model(self, model: ScoreModel, device: torch.device) -> ScoreModel:
-        """What computes the loss of ``model``; weights are shared."""
+    def of_model(
+        self, model: ScoreModel, device: torch.device, contiguous: bool = False
+    ) -> ScoreModel:
+        """What computes the loss of ``model``; weights are shared.
+
+        Args:
+            model: On ``device``; its weights may change their layout in memory.
+            device: Where it is.
+            contiguous: Whether weights have to lie row by row.
+
+        Raises:
+            RunError: If that is not what was asked for.
+        """
         half = PRECISIONS[self.precision] is not None
         pixelwise = self.channels_last
         if pixelwise is None:
-            pixelwise = half and device.type == "cuda"
+            pixelwise = half and device.type == "cuda" and not contiguous
+        if pixelwise and contiguous:
+            raise RunError(
+                "speed.channels_last=true: distributed=fsdp cuts weights along their rows and "
+                "takes no other layout; leave one of the two out."
+            )
         if pixelwise:
-            model.to(memory_format=torch.channels_last)
+            for weight in model.parameters():
+                if weight.ndim == 4:  # of images; those of signals and volumes stay
+                    weight.data = weight.data.to(memory_format=torch.channels_last)
         return faster(model, precision=self.precision, compile=self.compile)
 
     def batches_ahead(self, device: torch.device) -> int:
@@ -109,7 +127,7 @@ class LossScale:
     """
 
     def __init__(self, device: torch.device, start: float, patience: int = 2000) -> None:
-        self.moves, self.patience = start != 1.0, patience
+        self.start, self.moves, self.patience = start, start != 1.0, patience
         self.factor = torch.tensor(start, device=device)
         self.calm = torch.zeros((), device=device)
 
@@ -129,11 +147,11 @@ class LossScale:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Factor and patience so far."""
-        return {"factor": self.factor, "calm": self.calm}
+        return {"factor": self.factor, "calm": self.calm, "start": torch.tensor(self.start)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """The inverse; a run that goes on in another precision has its own factor."""
-        if self.moves and float(state["factor"]) != 1.0:
+        if float(state.get("start", 1.0)) == self.start:
             self.factor.copy_(state["factor"])
             self.calm.copy_(state["calm"])
 

@@ -59,15 +59,22 @@ class State:
         self.device = next(model.parameters()).device
         self.trained = BatchLoss(model, objective).to(self.device)
         self.trained.train()
+        contiguous = self.processes.parted
+        # first of all: averages lie in memory as the weights do
+        quick = BatchLoss(self.speed.of_model(model, self.device, contiguous), objective)
+        if self.processes.parted:  # whole copies would fill what the parts are to make room on
+            self.trained.cpu()
         self.averages = [Average(profile, self.trained) for profile in profiles]
-        quick = BatchLoss(self.speed.of_model(model, self.device), objective)
+        self.trained.to(self.device)
         self.loss = self.processes.spread(quick, self.device)
         self.weights = self.processes.weights(self.trained)
         self._keepers = [module for module in self.trained.modules() if module._buffers]
         self.names = [name for name, _ in self.trained.named_parameters()]
         for average in self.averages:
             average.hold(self._parts(average.weights))
-        self.optimizer = torch.optim.AdamW(self.weights, fused=True, **adam)
+        self._moving = [n for n, weight in enumerate(self.weights) if weight.requires_grad]
+        moving = [self.weights[n] for n in self._moving]
+        self.optimizer = torch.optim.AdamW(moving, fused=True, **adam)
         self.scale = self.speed.loss_scale(self.device)
         self.faults = Faults(self.device)
         self.iteration = 0
@@ -96,6 +103,8 @@ class State:
         with torch.no_grad():
             for own, part in zip(module.parameters(), self._wholes(average.weights), strict=True):
                 own.copy_(part)
+            for own, new in zip(module.buffers(), self.trained.buffers(), strict=True):
+                own.copy_(new)
         return module
 
     @torch.no_grad()
@@ -145,7 +154,7 @@ class State:
         All processes have to ask; nothing in it depends on their number.
         """
         trained = self._stored(self.trained, self.weights)
-        averages = [self._stored(a.module, a.weights) for a in self.averages]
+        averages = [self._stored_average(average) for average in self.averages]
         return {
             "model": trained["model"],
             "ema": averages[0]["model"],
@@ -166,7 +175,7 @@ class State:
         All processes have to ask.
         """
         return {
-            average.profile.name: self._stored(average.module, average.weights)
+            average.profile.name: self._stored_average(average)
             for average in self.averages
             if average.profile.combines
         }
@@ -181,7 +190,7 @@ class State:
             self._restore(average.module, average.weights, parts["model"], parts["objective"])
             nearest = state["model"]
         self._load_optimizer(state["optimizer"])
-        self.scale.load_state_dict(state.get("loss_scale", {"factor": 1.0}))
+        self.scale.load_state_dict(state.get("loss_scale", {"start": 0.0}))
         self.iteration = int(state["iteration"])
         self.faults = Faults(self.device, self.faults.allowed, int(state["skipped"]))
 
@@ -192,6 +201,9 @@ class State:
     def _wholes(self, parts: list[Tensor]) -> list[Tensor]:
         likes = self.trained.parameters()
         return [self.processes.whole(p, like) for p, like in zip(parts, likes, strict=True)]
+
+    def _stored_average(self, average: Average) -> dict[str, dict[str, Tensor]]:
+        return self._stored(average.module if average.whole else self.trained, average.weights)
 
     def _stored(self, module: BatchLoss, parts: list[Tensor]) -> dict[str, dict[str, Tensor]]:
         """All tensors of a module by room: those of ``model`` and of ``objective``."""
@@ -224,10 +236,14 @@ class State:
             if name in tensors:
                 buffer.copy_(tensors[name])
 
+    def _likes(self) -> list[nn.Parameter]:
+        """The parameters that the optimiser changes, as the modules hold them."""
+        parameters = list(self.trained.parameters())
+        return [parameters[n] for n in self._moving]
+
     def _optimizer_state(self) -> dict[str, Any]:
         """The optimiser's own, with the parts of all processes put together."""
-        state = self.optimizer.state_dict()
-        likes = list(self.trained.parameters())
+        state, likes = self.optimizer.state_dict(), self._likes()
         state["state"] = {
             number: {name: self.processes.whole(v, likes[number]) for name, v in values.items()}
             for number, values in state["state"].items()
@@ -235,9 +251,18 @@ class State:
         return state
 
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        likes = list(self.trained.parameters())
+        likes = self._likes()
+
+        def placed(values: Tensor, number: int) -> Tensor:
+            """In memory as the weight is: the optimiser goes through both number by number, and
+            the run may go on in another layout."""
+            part, weight = self.processes.part(values, likes[number]), self._moving[number]
+            if part.shape != self.weights[weight].shape:  # its count of steps
+                return part.clone()
+            return torch.empty_like(self.weights[weight]).copy_(part)
+
         parts = {
-            number: {name: self.processes.part(v, likes[number]) for name, v in values.items()}
+            number: {name: placed(v, number) for name, v in values.items()}
             for number, values in state["state"].items()
         }
         own = self.optimizer.state_dict()["param_groups"]  # the numbers of this run's settings

@@ -85,6 +85,11 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
     Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
     run = run.measured(data)
     augment = augmentation(run, data)
+    if settings.label_dropout and data.cond is None:
+        raise RunError(
+            f"training.label_dropout={settings.label_dropout:g} drops conditions, and {data.name} "
+            "come without; add data.conditional=true, or leave it out."
+        )
     speed: Speed = run.build("speed")
     processes: Processes = run.build("distributed")
     processes.share(settings.batch_size)  # refuses a batch that is too small
@@ -92,6 +97,7 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
         keep_freed_memory()
     model, objective = _seeded(run, data)
     speed.check(objective, run.device())
+    processes.check(objective)
     sampler.check(model.sde)
     for name in sorted(sampler.wanted):
         raise RunError(
@@ -247,6 +253,8 @@ class _Trainer:
                     stopping.signal = state.processes.largest(stopping.signal)
                 if done:
                     stopping.saved = True
+                    if stopping.signal:  # it came with the last iteration
+                        raise SystemExit(stopping.exit_code)
                     self.evaluate(state)
                     exit_code = 0
             self.became("finished" if done else "stopped")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +82,21 @@ def test_what_cannot_be_read_is_named_where_the_batch_is_used(ahead):
     feed = Feed(made, range(16), CPU, ahead=ahead, workers=0)
     with feed.running(), pytest.raises(RunError, match="sample-7.png"):
         feed(0)
+
+
+def test_workers_leave_when_the_process_that_trains_is_killed(tmp_path):
+    told = tmp_path / "worker"
+
+    def train_a_little():
+        feed = Feed(recipe(), range(16), CPU, ahead=1, workers=1)
+        feed(0)
+        told.write_text(str(next(iter(feed._pool._processes))))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = multiprocessing.get_context("fork").Process(target=train_a_little)
+    trainer.start()
+    trainer.join(120)
+    worker, end = int(told.read_text()), time.monotonic() + 30
+    while time.monotonic() < end and Path(f"/proc/{worker}").exists():
+        time.sleep(0.2)
+    assert not Path(f"/proc/{worker}").exists()

@@ -14,7 +14,8 @@ from torch.testing import assert_close
 
 from experiment.checkpoint import list_checkpoints, load_checkpoint
 from experiment.errors import RunError
-from experiment.processes import DDP
+from experiment.processes import DDP, FSDP
+from score_models import DenoisingScoreMatching, SlicedScoreMatching
 
 
 def free_port() -> int:
@@ -23,7 +24,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run(folder: Path, *, size: int = 2, kind: str = "ddp", batch=16, parts=1, stop=0) -> dict:
+def run(
+    folder: Path, *, size: int = 2, kind: str = "ddp", batch=16, parts=1, stop=0, what="plain"
+) -> dict:
     """What ``size`` processes have stored in the end."""
     port, forks = free_port(), multiprocessing.get_context("fork")
     started = []
@@ -31,7 +34,7 @@ def run(folder: Path, *, size: int = 2, kind: str = "ddp", batch=16, parts=1, st
         about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
         about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         arguments = {name: str(value) for name, value in about.items()}, kind, batch, parts
-        started.append(forks.Process(target=one_of_them, args=(*arguments, folder, stop)))
+        started.append(forks.Process(target=one_of_them, args=(*arguments, folder, stop, what)))
         started[-1].start()
     for process in started:
         process.join(240)
@@ -96,3 +99,18 @@ def test_a_gradient_in_parts_is_that_of_the_whole(tmp_path):
     whole, parts = run(tmp_path / "1", size=1), run(tmp_path / "5", size=1, parts=5)
     assert_alike(whole, parts)
     assert any(not torch.equal(a, parts["model"][k]) for k, a in whole["model"].items())
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_processes_train_a_conditional_network_as_one_does(tmp_path, kind):
+    alone = run(tmp_path / "one", size=1, what="conditional")
+    assert_alike(alone, run(tmp_path / "two", kind=kind, what="conditional"))
+
+
+def test_what_needs_second_derivatives_is_refused_by_fsdp():
+    together = FSDP()
+    together.check(SlicedScoreMatching())  # alone it is nothing special
+    together.size = 2
+    together.check(DenoisingScoreMatching())
+    with pytest.raises(RunError, match="distributed=fsdp frees.*Take distributed=ddp"):
+        together.check(SlicedScoreMatching())

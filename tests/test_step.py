@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ from score_models import (
     SlicedScoreMatching,
     noise_regression,
 )
-from score_models.networks import MLP
+from score_models.networks import MLP, UNet
 from sde_lib import VPSDE
 from sde_lib.oracles import Gaussian
 
@@ -238,3 +239,75 @@ def test_conditioning_and_its_dropout_are_functions_of_the_row():
     assert torch.equal(recipe(3, range(5, 9)).cond, whole.cond[5:9])
     kept = whole.cond < 40
     assert torch.equal(whole.cond[kept], recipe.batches(3)[kept]), "labels go with their samples"
+
+
+def image_state(speed: Speed | None = None):
+    torch.manual_seed(1)
+    network = UNet((3, 8, 8), width=8, multipliers=(1,), blocks=1, attention=(), heads=2)
+    model = ScoreModel(network, VPSDE(), EDM(data_std=0.5))
+    for weights in model.parameters():
+        nn.init.normal_(weights, std=0.1)
+    return state_of(model, PLAIN, speed=speed)
+
+
+def image_data() -> Dataset:
+    values = torch.randint(8, (40, 3, 8, 8), generator=torch.Generator().manual_seed(1))
+    return Dataset("images", values, values[:4], levels=8)
+
+
+@pytest.mark.parametrize("first, then", [(False, True), (True, False)], ids=str)
+def test_a_run_goes_on_with_another_layout_in_memory(tmp_path, first, then):
+    ends = []
+    for layouts in ((first, first), (first, then)):
+        state = image_state(Speed(channels_last=layouts[0]))
+        train(state, tmp_path, PLAIN, data=image_data(), should_stop=lambda: state.iteration == 3)  # noqa: B023
+        stored = state.state_dict() | {"iteration": 3}
+        state = image_state(Speed(channels_last=layouts[1]))
+        state.load(stored)
+        train(state, tmp_path, PLAIN, data=image_data())
+        strides = {w.stride() for w in state.weights if w.ndim == 4 and w.shape[-1] > 1}
+        assert all((stride[1] == 1) == layouts[1] for stride in strides)
+        assert [w.stride() for w in state.averages[0].weights] == [
+            w.stride() for w in state.weights
+        ]
+        ends.append(state)
+    for a, b in zip(ends[0].weights, ends[1].weights, strict=True):
+        assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_the_layout_of_images_is_for_images_alone():
+    volume = UNet((1, 8, 8, 8), width=8, multipliers=(1,), blocks=1, attention=(), heads=2)
+    model = ScoreModel(volume, VPSDE(), EDM(data_std=0.5))
+    Speed(channels_last=True).of_model(model, torch.device("cpu"))
+    assert all(w.is_contiguous() for w in model.parameters())
+    with pytest.raises(RunError, match="fsdp cuts weights along their rows"):
+        Speed(channels_last=True).of_model(model, torch.device("cpu"), contiguous=True)
+
+
+def test_what_is_frozen_or_not_used_stays_and_the_rest_is_trained(tmp_path):
+    torch.manual_seed(1)
+    network = MLP((2,), width=16, blocks=1)
+    network.unused = nn.Linear(2, 2)
+    model = ScoreModel(network, VPSDE(), EDM(data_std=0.5))
+    network.enter.weight.requires_grad_(False)
+    before = copy.deepcopy(network.state_dict())
+    state = state_of(model, PLAIN)
+    train(state, tmp_path, PLAIN)
+    changed = {n for n, w in network.state_dict().items() if not torch.equal(w, before[n])}
+    assert not changed & {"enter.weight", "unused.weight", "unused.bias"}
+    assert {"enter.bias", "leave.2.weight"} <= changed
+    again = state_of(ScoreModel(copy.deepcopy(network), VPSDE(), EDM(0.5)), PLAIN)
+    again.load(state.state_dict() | {"iteration": state.iteration})
+    for part in ("model", "ema", "averages"):
+        assert_same(again.state_dict()[part], state.state_dict()[part])
+
+
+def test_a_loss_scale_that_has_fallen_to_one_stays_there():
+    scale = LossScale(torch.device("cpu"), start=2.0)
+    scale.adapt(torch.tensor(True))
+    again = LossScale(torch.device("cpu"), start=2.0)
+    again.load_state_dict(scale.state_dict())
+    assert float(again.factor) == 1.0
+    other = LossScale(torch.device("cpu"), start=1.0)
+    other.load_state_dict(again.state_dict() | {"factor": torch.tensor(8.0)})
+    assert float(other.factor) == 1.0, "a run in another precision has its own"

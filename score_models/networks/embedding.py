@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from score_models.conditioning import Conditioning
@@ -41,7 +42,7 @@ class NoiseEmbedding(nn.Module):
             steps = torch.linspace(math.log(0.25), math.log(8.0), frequencies)
             self.register_buffer("frequencies", steps.exp(), persistent=False)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width)
         )
         self.cond = None if cond is None else cond.embedding(width)
 
@@ -49,9 +50,8 @@ class NoiseEmbedding(nn.Module):
         """Embedding [B, width] of ``noise_level`` [B] and ``cond`` [B, ...]."""
         angles = noise_level[:, None] * self.frequencies.to(noise_level)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-        if self.cond is None:
-            return self.mlp(waves)
-        return self.mlp[3](self.mlp[:3](waves) + self.cond(cond))
+        level = self.mlp(waves)  # in one call, as what shares weights between processes asks
+        return F.silu(level if self.cond is None else level + self.cond(cond))
 
 
 def checked_cond(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiment.data import Dataset
 from experiment.seeds import hashed, stream
@@ -113,6 +114,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         self.batches = Batches(len(self.data.train), self.batch_size, self.seed)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker, which draws: what an objective has on a GPU stays there."""
+        objective = self.objective
+        if isinstance(objective, nn.Module):
+            objective = copy.deepcopy(objective).cpu()
+        return {**self.__dict__, "objective": objective}
 
     def __call__(self, iteration: int, rows: range) -> Batch:
         """Some ``rows`` of the batch of an iteration."""

@@ -116,7 +116,8 @@ class Classes(Conditioning):
 
     def embedding(self, width: int) -> nn.Module:
         table = nn.Embedding(self.count + 1, width)
-        nn.init.normal_(table.weight, std=0.02)  # beside a noise embedding of the order of one
+        # 0.02 taught digits in 600 iterations to 66 % of the classes, 0.3 and 1 to 98 %
+        nn.init.normal_(table.weight, std=0.3)
         return table
 
 

@@ -340,6 +340,20 @@ def test_the_log_holds_the_mean_since_the_line_before(tmp_path):
     assert all(v["perf/images_per_s"] > 0 for kind, _, v in events if kind == "log")
 
 
+def test_the_mean_of_the_log_leaves_out_what_was_passed_over(tmp_path):
+    losses = []
+
+    def spoiled(x0, loss):
+        losses.append(float(loss.detach().mean()))
+        return loss * math.nan if len(losses) == 2 else loss
+
+    settings = Training(steps=3, batch_size=16, log_every=3, max_skipped=1)
+    _, events = train(small_state(settings, after=spoiled), tmp_path, settings)
+    (logged,) = (values for kind, _, values in events if kind == "log")
+    assert logged["train/loss"] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-6)
+    assert logged["train/skipped"] == 1
+
+
 def test_callbacks_come_at_their_intervals_and_at_the_end(tmp_path):
     settings = Training(steps=8, batch_size=16, log_every=5, checkpoint_every=3, evaluate_every=4)
     done, events = train(small_state(settings), tmp_path, settings)

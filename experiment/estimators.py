@@ -45,6 +45,7 @@ class Estimates:
     Attributes:
         metric: bits_per_dim or nll; all values are costs, lower is better.
         values: Mean and standard error over samples, by name.
+        per_sample: What they are the mean of, [N] each.
         order: Whether ODE, ELBO and bound come in the order that is expected of them.
         curve: Rate and distortion of progressive coding with the analytic variance.
         steps: T.
@@ -52,6 +53,7 @@ class Estimates:
 
     metric: str
     values: Mapping[str, tuple[float, float]]
+    per_sample: Mapping[str, Tensor]
     order: str
     curve: RateDistortion
     steps: int
@@ -176,18 +178,17 @@ def _estimates(found: dict[str, Tensor], data: Dataset, ode: Evaluation, steps: 
     terms, distortion = found.pop("terms"), found.pop("distortion")
     times = found.pop("times")[0]
     nats = {"probability-flow ODE": -ode.per_sample / in_metric, **found}
+    costs = {name: -value * in_metric for name, value in nats.items()}
     values = {
-        name: (
-            float(-value.mean() * in_metric),
-            float(value.std() / len(value) ** 0.5 * in_metric),
-        )
-        for name, value in nats.items()
+        name: (float(cost.mean()), float(cost.std() / len(cost) ** 0.5))
+        for name, cost in costs.items()
     }
     blank = torch.zeros(len(terms), dtype=torch.float64)
     bound = DiscreteBound(blank, blank, terms.T, distortion.T, times, 0)
     unit = 1.0 if data.levels is None else 1 / data.units.bin_width
     order = ordered(nats["probability-flow ODE"], nats["ELBO"], nats["VLB, posterior variance"])
-    return Estimates(ode.metric, values, str(order), rate_distortion(bound, dims, unit), steps)
+    curve = rate_distortion(bound, dims, unit)
+    return Estimates(ode.metric, values, costs, str(order), curve, steps)
 
 
 def show_estimates(estimates: Estimates) -> None:

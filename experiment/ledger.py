@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from experiment.checkpoint import write_atomically
 from experiment.data import Dataset
+from experiment.estimators import Estimates
 from experiment.evaluation import Evaluation
 from experiment.settings import CONDS, UNITS, Likelihood, units_of
 from experiment.side_files import read_json
@@ -61,14 +62,6 @@ def _where(model: ScoreModel, data: Dataset, settings: Likelihood) -> str:
     return f"t = {start:.4g}, where the noise fills the bins"
 
 
-class HasRow(Protocol):
-    """What stands beside an evaluation in its file."""
-
-    def as_row(self) -> dict[str, Any]:
-        """Numbers, strings and lists of them."""
-        ...
-
-
 def append_evaluation(
     run_dir: Path,
     result: Evaluation,
@@ -77,7 +70,7 @@ def append_evaluation(
     data: Dataset,
     settings: Likelihood,
     checkpoint: str,
-    bounds: HasRow | None = None,
+    bounds: Estimates | None = None,
     average: Mapping[str, Any] | None = None,
 ) -> None:
     """Add one row to ``likelihood.json``, with what it takes to repeat it.
@@ -120,4 +113,14 @@ def keep_samples(folder: Path, result: Evaluation, label: str, seed: int) -> Pat
         information=result.information[1].numpy(),
         **({"log_posterior": result.posterior.numpy()} if result.posterior.numel() else {}),
     )
+    return path
+
+
+def keep_bounds(values: Path, estimates: Estimates) -> Path:
+    """Write the bounds of each sample to ``bounds-...T<steps>.npz`` beside the ``values`` that
+    :func:`keep_samples` wrote: an array [N] by the name of each, the ODE's among them."""
+    name = f"{values.stem.replace('likelihood', 'bounds', 1)}-T{estimates.steps}.npz"
+    path = values.with_name(name)
+    arrays = {name: cost.numpy() for name, cost in estimates.per_sample.items()}
+    np.savez(path, metric=estimates.metric, **arrays)
     return path

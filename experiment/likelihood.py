@@ -13,7 +13,7 @@ from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import evaluate, show
 from experiment.fitted import digest_of
-from experiment.ledger import append_evaluation, keep_samples
+from experiment.ledger import append_evaluation, keep_bounds, keep_samples
 from experiment.measured import as_trained
 from experiment.progress import say
 from experiment.record import Record
@@ -29,8 +29,9 @@ from sde_lib.samplers import SamplingError
 def likelihood(run: Run) -> None:
     """Evaluate the newest checkpoint of the run, or ``checkpoint=PATH``; add it to the report.
 
-    The value of each sample and its errors are kept in ``likelihood-<iteration>*.npz``. What a
-    checkpoint of another run gives stands in the table of the report alone.
+    The value of each sample and its errors are kept in ``likelihood-<iteration>*.npz``, its bounds
+    in ``bounds-<iteration>*.npz``. What a checkpoint of another run gives stands in the table of
+    the report alone.
 
     Args:
         run: The composed configuration; model and process are those stored with the checkpoint.
@@ -75,6 +76,7 @@ def likelihood(run: Run) -> None:
             return  # the first process has all results and writes them
         if bounds is not None:
             show_estimates(bounds)
+            say(f"bounds of each sample: {keep_bounds(values, bounds)}")
         name = path.name if own else str(path.absolute())
         more = {"bounds": bounds, "average": run.average.as_row()}
         append_evaluation(run.path, result, iteration, model, data, settings, name, **more)

@@ -98,8 +98,8 @@ def conditioned(network: Mapping[str, Any], data: Dataset) -> dict[str, Any]:
             f"{network.get('_target_')} takes none (its file in conf/network has no cond). Leave "
             "conditional out, or choose a network that takes one."
         )
-    target = f"score_models.{type(data.cond).__name__}"
-    node = {"_target_": target, **asdict(data.cond)}
+    kind = type(data.cond)
+    node = {"_target_": f"{kind.__module__}.{kind.__qualname__}", **asdict(data.cond)}
     return {**network, "cond": network["cond"] or node}
 
 

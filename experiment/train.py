@@ -28,6 +28,7 @@ from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Evaluation, evaluate, show
+from experiment.fitted import digest_of
 from experiment.ledger import append_evaluation, evaluated
 from experiment.processes import Processes
 from experiment.progress import say
@@ -44,6 +45,7 @@ from experiment.stopping import REQUEUE, Stopping
 from experiment.trackers import Tracker
 from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
+from experiment.variance_heads import learned_variance
 from likelihood import Dequantization
 from score_models import Objective, ScoreModel
 from score_models.acceleration import PRECISIONS
@@ -337,16 +339,17 @@ class _Trainer:
             lambda: dequantizer(settings, self.data, model, run.path, label, seed=run.seed)
         )
         result = self.score(state, settings, "test likelihood", made)
-        bounds = None
+        path, bounds = list_checkpoints(run.checkpoints)[-1], None
         if settings.bounds:
-            bounds = estimate(
-                model, self.data, settings, result, seed=run.seed, dequantization=made
+            learned = learned_variance(
+                path, digest_of(path), model, self.data.shape, folder=run.fitted
             )
+            more = {"dequantization": made, "learned": learned}
+            bounds = estimate(model, self.data, settings, result, seed=run.seed, **more)
             show_estimates(bounds)
         if self.first:
-            name = list_checkpoints(run.checkpoints)[-1].name
             append_evaluation(
-                run.path, result, state.iteration, model, self.data, settings, name, bounds
+                run.path, result, state.iteration, model, self.data, settings, path.name, bounds
             )
         self.draw(state)
 

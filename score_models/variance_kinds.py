@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from score_models.model import ScoreModel
+from score_models.times import probabilities
 from score_models.variance_head import HeadOutput, VarianceHead, log_ratio
 from sde_lib import validation
-from sde_lib.noise import Generator, rand, randn_like
+from sde_lib.noise import Generator, randn_like
 from sde_lib.reverse_variance import AnalyticVariance, ForwardVariance, posterior
 from sde_lib.sde import SDE, Level, expand_like
 from sde_lib.state_variance import (
@@ -35,7 +36,8 @@ class HeadKind(ABC):
         """Levels (earlier, later) to train ``n`` samples at, [n] float64: even in log SNR, one
         in each of n equal parts."""
         low, high = sde.log_snr_range()
-        level = sde.level(sde.time_at(low + stratified(n, generator) * (high - low)))
+        part = probabilities(n, generator, stratified=True)
+        level = sde.level(sde.time_at(low + part * (high - low)))
         return level, level
 
     @abstractmethod
@@ -132,7 +134,7 @@ class Interpolation(HeadKind):
     def levels(self, sde: SDE, n: int, generator: Generator) -> tuple[Level, Level]:
         """Neighbours of the grid, drawn evenly."""
         low, high = sde.log_snr_range()
-        row = (stratified(n, generator) * self.steps).floor()
+        row = (probabilities(n, generator, stratified=True) * self.steps).floor()
         ends = (sde.time_at(low + (row + k) / self.steps * (high - low)) for k in (1, 0))
         earlier, later = (sde.level(t) for t in ends)
         return earlier, later
@@ -185,12 +187,6 @@ KINDS: dict[str, type[HeadKind]] = {
     "sn": SecondMoment,
     "learned": Interpolation,
 }
-
-
-def stratified(n: int, generator: Generator) -> Tensor:
-    """Numbers in [0, 1), one in each of ``n`` equal parts, in random order, float64."""
-    order = rand((n,), generator, dtype=torch.float64).argsort()
-    return (order + rand((n,), generator, dtype=torch.float64)) / n
 
 
 def head_loss(

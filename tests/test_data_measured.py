@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from pydoc import locate
 
 import numpy as np
 import pytest
@@ -145,15 +146,17 @@ def test_a_training_does_not_go_on_with_other_data_and_says_what_to_do():
 @pytest.mark.parametrize(
     "cond, conds, node",
     [
-        (Classes(3), torch.arange(40) % 3, {"_target_": "score_models.Classes", "count": 3}),
-        (Vector(2), torch.zeros(40, 2), {"_target_": "score_models.Vector", "size": 2}),
+        (Classes(3), torch.arange(40) % 3, {"count": 3}),
+        (Vector(2), torch.zeros(40, 2), {"size": 2}),
     ],
     ids=["classes", "vector"],
 )
 def test_a_network_is_told_what_the_data_come_with(cond, conds, node):
     parts = {"train_cond": conds, "test_cond": conds}
     data = Dataset("mine", normal(shape=(40, 3)), normal(1, shape=(40, 3)), cond=cond, **parts)
-    assert conditioned({"_target_": "N", "cond": None}, data) == {"_target_": "N", "cond": node}
+    found = conditioned({"_target_": "N", "cond": None}, data)
+    assert found == {"_target_": "N", "cond": {"_target_": found["cond"]["_target_"], **node}}
+    assert locate(found["cond"]["_target_"]) is type(cond)
     assert conditioned({"_target_": "N", "cond": "own"}, data)["cond"] == "own"
     with pytest.raises(RunError, match="data.conditional=true .* mine .* and N takes none"):
         conditioned({"_target_": "N"}, data)

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from test_evaluation import (
@@ -19,7 +20,7 @@ from test_evaluation import (
 from experiment.dequantizer import dequantizer
 from experiment.estimators import bound_times, estimate, show_estimates
 from experiment.evaluation import evaluate
-from experiment.ledger import append_evaluation
+from experiment.ledger import append_evaluation, keep_bounds
 from experiment.report import write_report
 from experiment.settings import Likelihood
 from likelihood import Exact, FixedGrid, Hutchinson
@@ -88,6 +89,11 @@ def test_three_estimators_agree_on_a_gaussian_and_come_in_order(tmp_path, capsys
     assert found.curve.distortion[0] > 5 * found.curve.distortion[-1]
     show_estimates(found)
     assert "T = 60" in capsys.readouterr().out
+    kept = np.load(keep_bounds(tmp_path / "likelihood-7-abcdef.npz", found))
+    assert kept.zip.filename.endswith("bounds-7-abcdef-T60.npz") and kept["metric"] == "nll"
+    for name, (value, error) in found.values.items():
+        assert kept[name].mean() == pytest.approx(value), name
+        assert kept[name].std(ddof=1) / 200**0.5 == pytest.approx(error), name
     append_evaluation(tmp_path, ode, 7, model, data, settings, "step-00000007.pt", found)
     (row,) = json.loads((tmp_path / "likelihood.json").read_text())
     assert row["bounds"]["values"]["ELBO"][0] == pytest.approx(values["ELBO"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from small_models import time, vector_model
+from test_cli import TINY, run, the_run
 from test_evaluation import gaussian_model, vectors
 from torch import nn
 from torch.testing import assert_close
@@ -27,6 +30,8 @@ from score_models.variance_kinds import interpolated_variance
 from sde_lib import VPSDE
 from sde_lib.reverse_variance import VARIANCES, AnalyticVariance
 from sde_lib.samplers import Ancestral
+
+KINDS = ("learned", "forward", "posterior")
 
 
 def trained_along(model, shape=(2,)) -> Hybrid:
@@ -105,3 +110,12 @@ def test_the_bound_of_mode_likelihood_has_the_learned_variance_beside_the_others
     without = estimate(model, data, settings, ode, seed=0)
     assert "VLB, learned variance" not in without.values
     assert isinstance(model.sde, VPSDE)
+
+
+def test_a_training_ends_with_the_bound_by_the_variance_that_it_learned(tmp_path):
+    asked = [*TINY, "mode=train", "objective=ddpm_hybrid", "likelihood.bounds=3"]
+    printed = run(*asked, cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    *_, row = json.loads((the_run(tmp_path) / "likelihood.json").read_text())
+    found = [row["bounds"]["values"][f"VLB, {kind} variance"] for kind in KINDS]
+    assert len({value for value, _ in found}) == 3  # the learned one is between, and neither

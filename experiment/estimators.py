@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from experiment.conditions import score_for
 from experiment.data import Dataset
-from experiment.evaluation import Evaluation, foretell
-from experiment.progress import progress, say
+from experiment.evaluation import Evaluation, in_batches
+from experiment.progress import say
 from experiment.seeds import sample_streams, stream
 from experiment.settings import UNITS, Likelihood, per_nat, units_of
-from experiment.shards import gathered, halving, rank, share
 from likelihood import (
     BinDecoder,
     DensityDecoder,
@@ -148,14 +146,7 @@ def estimate(
         }
         return {name: value.cpu().double() for name, value in found.items()}
 
-    own, began = share(ode.num_samples), time.monotonic()
-    starts = range(own.start, own.stop, settings.batch_size)
-    parts: list[dict[str, Tensor]] = []
-    for start in progress(starts, "bounds"):
-        parts += halving(solve, range(start, min(start + settings.batch_size, own.stop)))
-        if start == own.start and rank() == 0:
-            foretell("bounds", (time.monotonic() - began) * (len(starts) - 1), ode.num_samples)
-    rows = gathered(parts)
+    rows = in_batches(solve, ode.num_samples, settings.batch_size, "bounds")
     found = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
     return _estimates(found, data, ode, steps)
 

@@ -4,32 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiment.class_marginal import class_words, joined, log_shares, marginal, seen_classes
-from experiment.conditions import score_for, score_of_each
+from experiment.class_marginal import class_words, joined, seen_classes
 from experiment.data import Dataset
 from experiment.progress import progress, say
-from experiment.seeds import sample_streams
-from experiment.settings import CONDS, UNITS, Likelihood, chosen, per_nat, units_of
+from experiment.scoring import COLUMNS, Scoring
+from experiment.settings import UNITS, Likelihood, per_nat
 from experiment.shards import gathered, halving, rank, share
-from likelihood import (
-    Dequantization,
-    FixedGrid,
-    LogLikelihood,
-    Pilot,
-    importance_weighted,
-    log_likelihood,
-)
-from likelihood.dequantize import Drawn
-from likelihood.importance import noise_bias
+from likelihood import Dequantization
 from score_models import ScoreModel
-from sde_lib import PerSample, ProbabilityFlow, probability_flow
 from sde_lib.samplers import SamplingError
 
 LARGE = 0.7  # nats of probe noise, whose square halved is what an importance weight is lifted by
@@ -151,71 +140,9 @@ def evaluate(
     """
     began = time.monotonic()
     settings.check(data)
-    device = next(model.parameters()).device
-    count = min(settings.max_samples or len(data.test), len(data.test))
-    shares = log_shares(data) if settings.cond == "marginal" else None
-    if shares is None:
-        flow = probability_flow(model.sde, score_for(model, data, "test", count, settings.cond))
-    else:
-        flow = probability_flow(model.sde, score_of_each(model, data))
-    draws = settings.draws if data.levels is not None else 1
-    units = units_of(data, settings, dequantization)
-    flow = replace(flow, t_start=units.start_time(model.sde))
-    solver, divergence, planned = chosen(flow, data, settings, device)
-
-    def solve_batch(
-        x: Tensor, indices: range, streams: PerSample
-    ) -> tuple[LogLikelihood, Tensor | None]:
-        how = {"solver": solver, "divergence": divergence}
-        if shares is None:
-            own = flow.for_rows(torch.tensor(indices, device=device) // draws)
-            return log_likelihood(own, x, generator=streams, **how), None
-
-        def under(own: ProbabilityFlow) -> LogLikelihood:
-            same = sample_streams(seed, "probes of classes", indices, device)  # for all of them
-            return log_likelihood(own, x, generator=same, **how)
-
-        return marginal(flow, shares, under)
-
-    def solve(rows: range) -> dict[str, Any]:
-        values = data.test[rows.start : rows.stop].repeat_interleave(draws, 0)
-        indices = range(rows.start * draws, rows.stop * draws)
-        streams = sample_streams(seed, "likelihood", indices, device)
-        drawn = units.draw(values.to(device), streams, sde=model.sde)
-        posterior, failure = None, None
-        try:
-            result, posterior = solve_batch(drawn.x, indices, streams)
-        except SamplingError as error:  # of one class alone nothing follows
-            result, failure = error.partial if shares is None else None, str(error)
-        if result is None:
-            return _lost(len(rows), failure)
-        row = _row(result, drawn, data, draws, settings.importance)
-        if flow.t_start is not None:
-            row["truncation"] = torch.full_like(row["truncation"], math.nan)
-        return row | {"failure": failure, "posterior": posterior}
-
-    own = share(count)
-    starts = range(own.start, own.stop, settings.batch_size)
-    parts: list[dict[str, Any]] = []
-    for start in progress(starts, description):
-        parts += halving(solve, range(start, min(start + settings.batch_size, own.stop)))
-        if start == own.start and rank() == 0:
-            foretell(description, (time.monotonic() - began) * (len(starts) - 1), count)
-    rows = gathered(parts)
-    if isinstance(solver, FixedGrid):  # in the basis that the pilot chose
-        like = torch.empty(1, *data.shape, device=device)
-        divergence = Pilot.of(flow, like, divergence).divergence
-    how = f"{solver}, {divergence}; {units if data.levels else 'continuous'}, {draws} draw(s)"
-    how += ", weighed by importance" if settings.importance else ""
-    how += f"; {CONDS[settings.cond]}" if data.cond is not None else ""
-    seconds = time.monotonic() - began
-    result = _summary(rows, data.units.metric, how, seconds, settings.importance)
-    result = replace(result, pilot_nfe=result.pilot_nfe + planned)
-    if shares is not None:
-        sizes = [len(row["per_sample"]) for row in rows]
-        posterior = joined([row["posterior"] for row in rows], sizes, data.cond.count, draws)
-        accuracy, nats = seen_classes(posterior, data.test_cond[:count])
-        result = replace(result, posterior=posterior, class_accuracy=accuracy, class_nats=nats)
+    scoring = Scoring.of(model, data, settings, seed, dequantization)
+    rows = in_batches(scoring.row, settings.count(data), settings.batch_size, description)
+    result = _summary(rows, scoring, time.monotonic() - began)
     failed = [row["failure"] for row in rows if row["failure"] is not None]
     if failed:
         error = SamplingError(failed[0])
@@ -224,7 +151,30 @@ def evaluate(
     return result
 
 
-def foretell(description: str, seconds: float, count: int) -> None:
+def in_batches(
+    solve: Callable[[range], dict[str, Any]], count: int, size: int, description: str
+) -> list[dict[str, Any]]:
+    """What ``solve`` finds of each batch of ``count`` samples, of all processes in their order.
+
+    A batch that does not fit into memory is solved in halves; what will take long is said.
+
+    Args:
+        solve: Of these samples.
+        count: Samples of all processes.
+        size: Of a batch.
+        description: In front of the progress bar.
+    """
+    began, own = time.monotonic(), share(count)
+    starts = range(own.start, own.stop, size)
+    parts: list[dict[str, Any]] = []
+    for start in progress(starts, description):
+        parts += halving(solve, range(start, min(start + size, own.stop)))
+        if start == own.start and rank() == 0:
+            _foretell(description, (time.monotonic() - began) * (len(starts) - 1), count)
+    return gathered(parts)
+
+
+def _foretell(description: str, seconds: float, count: int) -> None:
     """Say after the first batch what would otherwise be found out after hours."""
     if seconds > LONG:
         say(
@@ -233,67 +183,12 @@ def foretell(description: str, seconds: float, count: int) -> None:
         )
 
 
-def _row(
-    result: LogLikelihood,
-    drawn: Drawn,
-    data: Dataset,
-    draws: int,
-    importance: bool,
-) -> dict[str, Any]:
-    """One batch in the unit of the metric, the draws of a sample put together, on the CPU."""
-    unit = per_nat(data)
-
-    def by_sample(values: Tensor) -> Tensor:
-        return values.cpu().double().reshape(-1, draws)
-
-    nats = by_sample(drawn.bound(result.log_prob.double()))
-    nats = nats.masked_fill(~torch.isfinite(nats), math.nan)
-    probes = by_sample(result.standard_error)
-    spread = nats.std(1) if draws > 1 else torch.full((len(nats),), math.nan).double()
-    value, spread = nats.mean(1), spread / draws**0.5
-    share = torch.full((len(nats), draws), 1 / draws, dtype=torch.float64)
-    effective = torch.full((len(nats),), float(draws), dtype=torch.float64)
-    if importance:
-        good = (nats + probes).isfinite().all(1)
-        value[~good] = math.nan
-        if bool(good.any()):
-            weighted = importance_weighted(nats[good].T)
-            # noise in the exponent lifts the mean of exponentials: what the probes add is off
-            value[good] = weighted.log_prob - noise_bias(probes[good].T, nats[good].T)
-            spread[good], effective[good] = weighted.standard_error, weighted.effective_sample_size
-            share = nats.softmax(1)
-    return {
-        "per_sample": -value * unit,
-        "probe_error": (share * probes).square().sum(1).sqrt() * unit,
-        "dequantization_error": spread * unit,
-        "effective_draws": effective,
-        "solver_error": by_sample(result.solver_error).mean(1) * unit,
-        "truncation": -by_sample(result.truncation).mean(1) * unit,
-        "prior_mismatch": -by_sample(result.prior_mismatch).mean(1) * unit,
-        "nfe": result.nfe * draws,
-        "passes": result.passes * draws,
-        "pilot_nfe": result.pilot_nfe,
-        "clock": result.clock.cpu(),
-        "information": result.information().T.cpu().double() * unit,
-    }
-
-
-def _lost(count: int, failure: str) -> dict[str, Any]:
-    """A batch of ``count`` samples of which a solver said nothing before it gave up."""
-    unknown = torch.full((count,), math.nan, dtype=torch.float64)
-    nothing = {"nfe": 0, "passes": 0, "pilot_nfe": 0, "clock": torch.empty(0)}
-    empty = {"information": torch.empty(count, 0), "failure": failure, "posterior": None}
-    return {name: unknown for name in COLUMNS} | nothing | empty
-
-
-def _summary(
-    rows: Sequence[Mapping[str, Any]], metric: str, how: str, seconds: float, importance: bool
-) -> Evaluation:
+def _summary(rows: Sequence[Mapping[str, Any]], scoring: Scoring, seconds: float) -> Evaluation:
     """All batches put together."""
     columns = {name: torch.cat([row[name] for row in rows]) for name in COLUMNS}
     sizes = [len(row["per_sample"]) for row in rows]
     count = sum(sizes)
-    per_sample = columns.pop("per_sample")
+    per_sample, importance = columns.pop("per_sample"), scoring.settings.importance
 
     def over_samples(name: str) -> Any:  # noqa: ANN401
         return sum(size * row[name] for size, row in zip(sizes, rows, strict=True)) / count
@@ -302,7 +197,7 @@ def _summary(
         return float(columns[name].square().sum().sqrt() / count)
 
     return Evaluation(
-        metric=metric,
+        metric=scoring.data.units.metric,
         value=float(per_sample.mean()),
         standard_error=float(per_sample.std() / count**0.5),
         probe_error=together("probe_error"),
@@ -311,7 +206,7 @@ def _summary(
         seconds=seconds,
         per_sample=per_sample,
         passes=float(over_samples("passes")),
-        pilot_nfe=sum(row["pilot_nfe"] for row in rows),
+        pilot_nfe=sum(row["pilot_nfe"] for row in rows) + scoring.planned,
         dequantization_error=together("dequantization_error"),
         effective_draws=float(columns["effective_draws"].mean()) if importance else math.nan,
         solver_error=float(columns["solver_error"].mean()),
@@ -319,8 +214,21 @@ def _summary(
         prior_mismatch=float(columns["prior_mismatch"].mean()),
         errors=columns,
         information=(rows[0]["clock"], torch.cat([_by_draws(row) for row in rows])),
-        how=how,
+        how=scoring.how(),
+        **_classes(rows, sizes, scoring),
     )
+
+
+def _classes(
+    rows: Sequence[Mapping[str, Any]], sizes: Sequence[int], scoring: Scoring
+) -> dict[str, Any]:
+    """What the marginal says of the classes of the samples; nothing where there is none."""
+    if scoring.shares is None:
+        return {}
+    posteriors = [row["posterior"] for row in rows]
+    posterior = joined(posteriors, sizes, len(scoring.shares), scoring.draws)
+    accuracy, nats = seen_classes(posterior, scoring.data.test_cond[: len(posterior)])
+    return {"posterior": posterior, "class_accuracy": accuracy, "class_nats": nats}
 
 
 def _by_draws(row: Mapping[str, Any]) -> Tensor:
@@ -328,17 +236,6 @@ def _by_draws(row: Mapping[str, Any]) -> Tensor:
     information = row["information"]
     count = len(row["per_sample"])
     return information.unflatten(0, (count, len(information) // count)).mean(1)
-
-
-COLUMNS = (
-    "per_sample",
-    "probe_error",
-    "dequantization_error",
-    "effective_draws",
-    "solver_error",
-    "truncation",
-    "prior_mismatch",
-)
 
 
 def show(result: Evaluation, data: Dataset, what: str) -> None:

@@ -166,6 +166,10 @@ class Likelihood:
         solver = self.solver or FixedGrid()
         return not (isinstance(solver, FixedGrid) and solver.fresh)
 
+    def count(self, data: Dataset) -> int:
+        """Samples of the test part of ``data`` that are scored."""
+        return min(self.max_samples or len(data.test), len(data.test))
+
     def quick(self, most: int) -> Likelihood:
         """The same on at most ``most`` samples and no finer than a curve needs."""
         return replace(

@@ -127,7 +127,7 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
             processes=processes,
         )
         resumed = _resume(run, state, settings)
-        whole = min(likelihood.max_samples or len(data.test), len(data.test))
+        whole = likelihood.count(data)
         scored = in_first(lambda: evaluated(run.path, state.iteration, whole))
         if from_first(resumed and state.iteration >= settings.steps and scored):
             say(

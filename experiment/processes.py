@@ -112,6 +112,10 @@ class Processes(ABC):
         """
         return part
 
+    def told(self, part: Tensor, like: Tensor) -> Tensor:
+        """:meth:`whole` for the first process alone, which writes it; others keep ``part``."""
+        return part
+
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`whole`."""
         return whole
@@ -239,6 +243,10 @@ class FSDP(Processes):
             part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
         return spread.full_tensor()
+
+    def told(self, part: Tensor, like: Tensor) -> Tensor:
+        whole = self.whole(part, like)  # one tensor at a time: all would fill a GPU
+        return whole.cpu() if self.rank == 0 else part
 
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
         if self.size == 1 or whole.ndim == 0:

@@ -18,11 +18,11 @@ def averaged(profile, path: torch.Tensor) -> list[float]:
     """Average of one weight, 7 at first, after each of the values of ``path``."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 7.0)
-    average, found = Average(profile, module.double()), []
+    average, found = Average(profile, module.double().parameters()), []
     for iteration, value in enumerate(path):
         nn.init.constant_(module.weight, float(value))
-        average.update(list(module.parameters()), [], iteration)
-        found.append(float(average.module.weight))
+        average.update(list(module.parameters()), iteration)
+        found.append(float(average.weights[0]))
     return found
 
 

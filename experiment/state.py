@@ -61,12 +61,12 @@ class State:
         self.trained = BatchLoss(model, objective).to(self.device)
         self.trained.train()
         self.mould = Mould(self.trained)
-        quick = self.speed.of_model(model, self.device, contiguous=self.processes.parted)
-        self.loss = self.processes.spread(BatchLoss(quick, objective), self.device)
-        self.weights = self.processes.weights(self.trained)
-        self.names = [name for name, _ in self.trained.named_parameters()]
-        self._moving = [n for n, weight in enumerate(self.weights) if weight.requires_grad]
-        with _in_memory(len(profiles)):
+        with all_in_memory():
+            quick = self.speed.of_model(model, self.device, contiguous=self.processes.parted)
+            self.loss = self.processes.spread(BatchLoss(quick, objective), self.device)
+            self.weights = self.processes.weights(self.trained)
+            self.names = [name for name, _ in self.trained.named_parameters()]
+            self._moving = [n for n, weight in enumerate(self.weights) if weight.requires_grad]
             self.averages = [Average(profile, self.weights) for profile in profiles]
             self.optimizer = self._adam(adam)
         self.scale = self.speed.loss_scale(self.device)
@@ -251,8 +251,8 @@ class State:
 
 
 @contextmanager
-def _in_memory(averages: int) -> Iterator[None]:
-    """Within it is made what stays until the end of training.
+def all_in_memory() -> Iterator[None]:
+    """Within it is made what stays until the end of training, whatever the batch.
 
     Raises:
         MemoryError: If it does not fit, with what to do.
@@ -263,8 +263,8 @@ def _in_memory(averages: int) -> Iterator[None]:
         if not out_of_memory(error):
             raise
         raise MemoryError(
-            "out of memory before the first iteration: beside the weights there are gradients, "
-            f"two numbers a weight of AdamW and {averages} average(s), and a smaller batch makes "
-            "no room for them. Keep fewer averages (training.ema, training.power_ema), use a "
-            "smaller network or another device, or several processes with distributed=fsdp."
+            "out of memory before the first iteration: the weights, two numbers of AdamW for each "
+            "and the averages stay there throughout, and a smaller batch makes no room for them. "
+            "Keep fewer averages (training.ema, training.power_ema), use a smaller network or "
+            "another device, or several processes with distributed=fsdp."
         ) from error

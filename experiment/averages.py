@@ -13,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from experiment.errors import RunError
+from experiment.progress import say
 from sde_lib import validation
 
 
@@ -31,6 +33,15 @@ class Profile(ABC):
         """What the average is called, in files too."""
 
     combines: ClassVar[bool] = False  # whether such averages make others, after training
+
+    @abstractmethod
+    def begin_late(self, iteration: int) -> None:
+        """Say what it means that the weights before ``iteration`` are not known, those there
+        standing for all of them.
+
+        Raises:
+            RunError: If it would be another average then.
+        """
 
 
 @dataclass(frozen=True)
@@ -53,6 +64,10 @@ class Exponential(Profile):
     @property
     def name(self) -> str:
         return f"ema-{self.decay:g}"
+
+    def begin_late(self, iteration: int) -> None:
+        """It forgets them."""
+        say(f"the average {self.name} was not kept so far and begins at iteration {iteration}")
 
 
 @dataclass(frozen=True)
@@ -95,6 +110,15 @@ class Power(Profile):
     @property
     def name(self) -> str:
         return f"power-{self.width:g}"
+
+    def begin_late(self, iteration: int) -> None:
+        """Its profile is over all of the training, as is that of averages made of it."""
+        raise RunError(
+            f"training.power_ema has the width {self.width:g}, whose average is over the training "
+            f"from its first iteration on, and this run kept none up to iteration {iteration}. "
+            f"Leave it out: from other widths average=power:{self.width:g} can be put together "
+            "after training. Or begin anew with run.fresh=true or another run.name."
+        )
 
 
 class Average:

@@ -176,21 +176,29 @@ class State:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; averages that it lacks begin from its weights."""
-        objective = state.get("objective", {})
+        """The inverse of :meth:`state_dict`; averages that it lacks begin from its weights.
+
+        Raises:
+            RunError: If there is one that cannot.
+        """
+        objective, iteration = state.get("objective", {}), int(state["iteration"])
+        first = {"model": state["ema"], "objective": state.get("objective_ema", objective)}
+        stored = state.get("averages", {self.averages[0].profile.name: first})
+        for average in self.averages:
+            if average.profile.name not in stored:
+                average.profile.begin_late(iteration)
         tensors = self._restore(self.weights, state["model"], objective)
         for name, buffer in self.trained.named_buffers():
             if name in tensors:
                 buffer.copy_(tensors[name])
-        stored, nearest = state.get("averages", {}), state["ema"]
+        nearest = first
         for average in self.averages:
-            others = {"model": nearest, "objective": objective}
-            parts = stored.get(average.profile.name, others)
+            parts = stored.get(average.profile.name, nearest)
             self._restore(average.weights, parts["model"], parts["objective"])
-            nearest = state["model"]
+            nearest = {"model": state["model"], "objective": objective}
         self._load_optimizer(state["optimizer"])
         self.scale.load_state_dict(state.get("loss_scale", {"start": 0.0}))
-        self.iteration = int(state["iteration"])
+        self.iteration = iteration
         self.faults = Faults(self.device, self.faults.allowed, int(state["skipped"]))
 
     def _through(

@@ -228,7 +228,7 @@ class FSDP(Processes):
             gradient = parameter.grad
             if not weight.requires_grad:
                 continue
-            weight.grad = torch.zeros_like(weight) if gradient is None else _local(gradient)
+            weight.grad = None if gradient is None else _local(gradient)
 
     def norm(self, weights: Sequence[nn.Parameter]) -> Tensor:
         own = super().norm(weights)

@@ -57,23 +57,25 @@ def labelled() -> Dataset:
     return replace(data, cond=Classes(5), train_cond=labels, test_cond=labels[: len(data.test)])
 
 
+def sparing() -> nn.Module:
+    """Computes activations twice; has weights that are frozen, and some that are not used."""
+    network = UNet(
+        (3, 8, 8), width=8, multipliers=(1,), blocks=1, attention=(), heads=2, dropout=0.0,
+        checkpointing=True,
+    )  # fmt: skip
+    network.unused = nn.Linear(8, 64)
+    network.enter.weight.requires_grad_(False)
+    return network
+
+
 CASES = {
     "plain": Case(),
     "conditional": Case(partial(MLP, (2,), width=16, blocks=2, cond=Classes(5)), data=labelled),
     "bfloat16": Case(precision="bfloat16"),
     "sliced": Case(objective=SlicedScoreMatching),
-    # a head of its own, levels drawn by the losses of whole batches, activations computed twice
+    # a head of its own, levels drawn by the losses of whole batches
     "heads": Case(
-        lambda: UNet(
-            (3, 8, 8),
-            width=8,
-            multipliers=(1,),
-            blocks=1,
-            attention=(),
-            heads=2,
-            dropout=0.0,
-            checkpointing=True,
-        ),  # fmt: skip
+        sparing,
         lambda: Hybrid(LossAwareLevels(4, keep=2), LearnedVariance(width=8, blocks=1)),
         image_data,
         weights_std=0.1,

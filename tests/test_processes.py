@@ -163,6 +163,18 @@ def test_a_process_of_fsdp_holds_its_share_and_only_the_first_is_told_the_whole(
     assert told == 3 and none < 0.6 * 3
 
 
+def test_weights_that_enter_no_loss_are_refused_by_ddp_and_told_by_name():
+    network = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "idle": torch.nn.Linear(2, 1)})
+    network["used"](torch.ones(3, 2)).sum().backward()
+    together, weights = DDP(), list(network.parameters())
+    together.collect(network, weights)  # alone it does not matter
+    together.size = 2
+    with pytest.raises(RunError, match="got none of 2, the first idle.weight. Freeze them"):
+        together.collect(network, weights)
+    network["idle"].requires_grad_(False)
+    together.collect(network, weights)
+
+
 def test_what_needs_second_derivatives_is_refused_by_fsdp():
     together = FSDP()
     together.check(SlicedScoreMatching())  # alone it is nothing special

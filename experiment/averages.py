@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -12,6 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from experiment.errors import RunError
+from experiment.progress import say
 from sde_lib import validation
 
 
@@ -30,6 +33,15 @@ class Profile(ABC):
         """What the average is called, in files too."""
 
     combines: ClassVar[bool] = False  # whether such averages make others, after training
+
+    @abstractmethod
+    def begin_late(self, iteration: int) -> None:
+        """Say what it means that the weights before ``iteration`` are not known, those there
+        standing for all of them.
+
+        Raises:
+            RunError: If it would be another average then.
+        """
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,10 @@ class Exponential(Profile):
     @property
     def name(self) -> str:
         return f"ema-{self.decay:g}"
+
+    def begin_late(self, iteration: int) -> None:
+        """It forgets them."""
+        say(f"the average {self.name} was not kept so far and begins at iteration {iteration}")
 
 
 @dataclass(frozen=True)
@@ -95,39 +111,54 @@ class Power(Profile):
     def name(self) -> str:
         return f"power-{self.width:g}"
 
+    def begin_late(self, iteration: int) -> None:
+        """Its profile is over all of the training, as is that of averages made of it."""
+        raise RunError(
+            f"training.power_ema has the width {self.width:g}, whose average is over the training "
+            f"from its first iteration on, and this run kept none up to iteration {iteration}. "
+            f"Leave it out: from other widths average=power:{self.width:g} can be put together "
+            "after training. Or begin anew with run.fresh=true or another run.name."
+        )
+
 
 class Average:
-    """An average of all that is trained, kept beside it.
+    """An average of weights, kept beside them.
 
     Args:
         profile: Which weights it is made of.
-        trained: What is averaged; its weights now are the first average.
+        weights: What is averaged, as this process holds it; the first average.
     """
 
-    def __init__(self, profile: Profile, trained: nn.Module) -> None:
+    def __init__(self, profile: Profile, weights: Iterable[Tensor]) -> None:
         self.profile = profile
-        self.module = frozen_copy(trained)
-        self.weights: list[Tensor] = list(self.module.parameters())
-        self.buffers: list[Tensor] = list(self.module.buffers())
-        self.whole = True
-
-    def hold(self, parts: list[Tensor]) -> None:
-        """From now on average these parts of the weights, where a process holds no more. What else
-        the module has is then that of what is trained, and is taken from there when asked for."""
-        self.whole = all(own is part for own, part in zip(self.weights, parts, strict=True))
-        if not self.whole:
-            self.weights = [part.detach().clone() for part in parts]
+        self.weights = [weight.detach().clone() for weight in weights]
 
     @torch.no_grad()
-    def update(self, weights: list[Tensor], buffers: list[Tensor], iteration: int) -> None:
-        """One more iteration: weights are averaged, buffers copied."""
+    def update(self, weights: Sequence[Tensor], iteration: int) -> None:
+        """One more iteration."""
         torch._foreach_lerp_(self.weights, weights, 1 - self.profile.kept(iteration))
-        if not self.whole:
-            return
-        for own, new in zip(self.buffers, buffers, strict=True):
-            own.copy_(new)
 
 
-def frozen_copy(module: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that is not trained."""
-    return copy.deepcopy(module).requires_grad_(False).eval()
+class Mould:
+    """Makes copies of a module around weights that are given; it holds none itself.
+
+    Where a process has parts of the weights a whole copy would fill what they make room on.
+
+    Args:
+        module: What the copies are of, whole.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        hollow = {id(p): _frozen(torch.empty_like(p, device="meta")) for p in module.parameters()}
+        self.module = copy.deepcopy(module, hollow).eval()
+
+    def around(self, weights: Iterable[Tensor], buffers: Iterable[Tensor]) -> nn.Module:
+        """In evaluation mode and not trained: with these very ``weights``, and with copies of
+        ``buffers``."""
+        own = [*self.module.parameters(), *self.module.buffers()]
+        new = [*map(_frozen, weights), *(buffer.clone() for buffer in buffers)]
+        return copy.deepcopy(self.module, dict(zip(map(id, own), new, strict=True)))
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)

@@ -98,7 +98,11 @@ class Processes(ABC):
         """What this process updates: parameters, or its parts of them."""
 
     def collect(self, module: nn.Module, weights: Sequence[nn.Parameter]) -> None:  # noqa: B027
-        """After the backward pass: give ``weights`` their gradients."""
+        """After the backward pass: give ``weights`` their gradients.
+
+        Raises:
+            RunError: If they are not those of the whole batch.
+        """
 
     def norm(self, weights: Sequence[nn.Parameter]) -> Tensor:
         """Norm of the gradient of the whole model, []."""
@@ -110,6 +114,10 @@ class Processes(ABC):
 
         All processes have to ask.
         """
+        return part
+
+    def told(self, part: Tensor, like: Tensor) -> Tensor:
+        """:meth:`whole` for the first process alone, which writes it; others keep ``part``."""
         return part
 
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
@@ -169,6 +177,18 @@ class DDP(Processes):
     def weights(self, module: nn.Module) -> list[nn.Parameter]:
         return list(module.parameters())
 
+    def collect(self, module: nn.Module, weights: Sequence[nn.Parameter]) -> None:
+        if self.size == 1:
+            return
+        named = module.named_parameters()
+        unused = [name for name, w in named if w.requires_grad and w.grad is None]
+        if unused:  # those that share a message with them were not averaged
+            raise RunError(
+                "distributed=ddp needs all weights that are trained to enter the loss; got none "
+                f"of {len(unused)}, the first {unused[0]}. Freeze them (requires_grad=False), or "
+                "take distributed=fsdp, which leaves them as they are."
+            )
+
     def last(self, module: nn.Module, yes: bool) -> Any:  # noqa: ANN401
         return nullcontext() if yes or self.size == 1 else module.no_sync()
 
@@ -224,7 +244,7 @@ class FSDP(Processes):
             gradient = parameter.grad
             if not weight.requires_grad:
                 continue
-            weight.grad = torch.zeros_like(weight) if gradient is None else _local(gradient)
+            weight.grad = None if gradient is None else _local(gradient)
 
     def norm(self, weights: Sequence[nn.Parameter]) -> Tensor:
         own = super().norm(weights)
@@ -239,6 +259,10 @@ class FSDP(Processes):
             part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
         )
         return spread.full_tensor()
+
+    def told(self, part: Tensor, like: Tensor) -> Tensor:
+        whole = self.whole(part, like)  # one tensor at a time: all would fill a GPU
+        return whole.cpu() if self.rank == 0 else part
 
     def part(self, whole: Tensor, like: Tensor) -> Tensor:
         if self.size == 1 or whole.ndim == 0:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from experiment.averages import Average, Profile
+from experiment.averages import Average, Mould, Profile
 from experiment.faults import Faults
 from experiment.processes import DDP, Processes
 from experiment.speed import Speed
 from score_models import Objective, ScoreModel
+from sde_lib.memory import out_of_memory
 
 
 class BatchLoss(nn.Module):
@@ -59,25 +60,33 @@ class State:
         self.device = next(model.parameters()).device
         self.trained = BatchLoss(model, objective).to(self.device)
         self.trained.train()
-        contiguous = self.processes.parted
-        # first of all: averages lie in memory as the weights do
-        quick = BatchLoss(self.speed.of_model(model, self.device, contiguous), objective)
-        if self.processes.parted:  # whole copies would fill what the parts are to make room on
-            self.trained.cpu()
-        self.averages = [Average(profile, self.trained) for profile in profiles]
-        self.trained.to(self.device)
-        self.loss = self.processes.spread(quick, self.device)
-        self.weights = self.processes.weights(self.trained)
-        self._keepers = [module for module in self.trained.modules() if module._buffers]
-        self.names = [name for name, _ in self.trained.named_parameters()]
-        for average in self.averages:
-            average.hold(self._parts(average.weights))
-        self._moving = [n for n, weight in enumerate(self.weights) if weight.requires_grad]
-        moving = [self.weights[n] for n in self._moving]
-        self.optimizer = torch.optim.AdamW(moving, fused=True, **adam)
+        self.mould = Mould(self.trained)
+        with all_in_memory():
+            quick = self.speed.of_model(model, self.device, contiguous=self.processes.parted)
+            self.loss = self.processes.spread(BatchLoss(quick, objective), self.device)
+            self.weights = self.processes.weights(self.trained)
+            self.names = [name for name, _ in self.trained.named_parameters()]
+            self._moving = [n for n, weight in enumerate(self.weights) if weight.requires_grad]
+            self.averages = [Average(profile, self.weights) for profile in profiles]
+            self.optimizer = self._adam(adam)
         self.scale = self.speed.loss_scale(self.device)
         self.faults = Faults(self.device)
         self.iteration = 0
+
+    def _adam(self, arguments: Mapping[str, Any]) -> torch.optim.AdamW:
+        """The optimiser, with what it would make in its first step, where no remedy is left."""
+        moving = [self.weights[n] for n in self._moving]
+        optimizer = torch.optim.AdamW(moving, fused=True, **arguments)
+        fresh = {
+            number: {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+            for number, weight in enumerate(moving)
+        }
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": fresh})
+        return optimizer
 
     @property
     def model(self) -> ScoreModel:
@@ -96,16 +105,8 @@ class State:
 
     def average(self, index: int) -> BatchLoss:
         """An average of all that is trained, whole; all processes have to ask."""
-        average = self.averages[index]
-        if average.whole:
-            return average.module
-        module = copy.deepcopy(average.module).to(self.device)
-        with torch.no_grad():
-            for own, part in zip(module.parameters(), self._wholes(average.weights), strict=True):
-                own.copy_(part)
-            for own, new in zip(module.buffers(), self.trained.buffers(), strict=True):
-                own.copy_(new)
-        return module
+        wholes = self._through(self.processes.whole, self.averages[index].weights)
+        return self.mould.around(wholes, self.trained.buffers())
 
     @torch.no_grad()
     def update(self, loss: Tensor, lr: float, clip: float) -> tuple[Tensor, Tensor]:
@@ -137,24 +138,18 @@ class State:
         self.optimizer.grad_scale = divisor
         self.optimizer.found_inf = None if self.device.type == "cpu" else skip.float()
         self.optimizer.step()
-        weights, buffers = [*self.weights], self._buffers()
         for average in self.averages:
-            average.update(weights, buffers, self.iteration)
+            average.update(self.weights, self.iteration)
         return norm, skip
-
-    def _buffers(self) -> list[Tensor]:
-        """Of all that is trained, as they are now, without a walk through modules that have
-        none."""
-        found = (b for module in self._keepers for b in module._buffers.values() if b is not None)
-        return list(dict.fromkeys(found))  # each once, as the module itself lists them
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on to the bit; batches and noise follow from (seed, iteration).
 
-        All processes have to ask; nothing in it depends on their number.
+        All processes have to ask; nothing in it depends on their number. Only the first gets
+        whole tensors.
         """
-        trained = self._stored(self.trained, self.weights)
-        averages = [self._stored_average(average) for average in self.averages]
+        trained = self._stored(self.weights)
+        averages = [self._stored(average.weights) for average in self.averages]
         return {
             "model": trained["model"],
             "ema": averages[0]["model"],
@@ -172,43 +167,51 @@ class State:
     def snapshot(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """The averages that others can be made of, by name, as :meth:`state_dict` has them.
 
-        All processes have to ask.
+        All processes have to ask; only the first gets whole tensors.
         """
         return {
-            average.profile.name: self._stored_average(average)
+            average.profile.name: self._stored(average.weights)
             for average in self.averages
             if average.profile.combines
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; averages that it lacks begin from its weights."""
-        self._restore(self.trained, self.weights, state["model"], state.get("objective", {}))
-        stored, nearest = state.get("averages", {}), state["ema"]
+        """The inverse of :meth:`state_dict`; averages that it lacks begin from its weights.
+
+        Raises:
+            RunError: If there is one that cannot.
+        """
+        objective, iteration = state.get("objective", {}), int(state["iteration"])
+        first = {"model": state["ema"], "objective": state.get("objective_ema", objective)}
+        stored = state.get("averages", {self.averages[0].profile.name: first})
         for average in self.averages:
-            others = {"model": nearest, "objective": state.get("objective", {})}
-            parts = stored.get(average.profile.name, others)
-            self._restore(average.module, average.weights, parts["model"], parts["objective"])
-            nearest = state["model"]
+            if average.profile.name not in stored:
+                average.profile.begin_late(iteration)
+        tensors = self._restore(self.weights, state["model"], objective)
+        for name, buffer in self.trained.named_buffers():
+            if name in tensors:
+                buffer.copy_(tensors[name])
+        nearest = first
+        for average in self.averages:
+            parts = stored.get(average.profile.name, nearest)
+            self._restore(average.weights, parts["model"], parts["objective"])
+            nearest = {"model": state["model"], "objective": objective}
         self._load_optimizer(state["optimizer"])
         self.scale.load_state_dict(state.get("loss_scale", {"start": 0.0}))
-        self.iteration = int(state["iteration"])
+        self.iteration = iteration
         self.faults = Faults(self.device, self.faults.allowed, int(state["skipped"]))
 
-    def _parts(self, wholes: list[Tensor]) -> list[Tensor]:
-        likes = self.trained.parameters()
-        return [self.processes.part(w, like) for w, like in zip(wholes, likes, strict=True)]
+    def _through(
+        self, change: Callable[[Tensor, Tensor], Tensor], tensors: Iterable[Tensor]
+    ) -> Iterator[Tensor]:
+        """Parts of all weights as wholes, or the other way round, one at a time."""
+        return map(change, tensors, self.trained.parameters())
 
-    def _wholes(self, parts: list[Tensor]) -> list[Tensor]:
-        likes = self.trained.parameters()
-        return [self.processes.whole(p, like) for p, like in zip(parts, likes, strict=True)]
-
-    def _stored_average(self, average: Average) -> dict[str, dict[str, Tensor]]:
-        return self._stored(average.module if average.whole else self.trained, average.weights)
-
-    def _stored(self, module: BatchLoss, parts: list[Tensor]) -> dict[str, dict[str, Tensor]]:
-        """All tensors of a module by room: those of ``model`` and of ``objective``."""
-        tensors = dict(module.state_dict())
-        wholes = self._wholes([part.detach() for part in parts])
+    def _stored(self, parts: list[Tensor]) -> dict[str, dict[str, Tensor]]:
+        """All tensors by room, those of ``model`` and of ``objective``, with these weights; what
+        else there is, averages have in common with what is trained."""
+        tensors = dict(self.trained.state_dict())
+        wholes = self._through(self.processes.told, (part.detach() for part in parts))
         tensors.update(zip(self.names, wholes, strict=True))
         return {
             room: {
@@ -221,20 +224,15 @@ class State:
 
     @torch.no_grad()
     def _restore(
-        self,
-        module: BatchLoss,
-        parts: list[Tensor],
-        model: Mapping[str, Tensor],
-        objective: Mapping[str, Tensor],
-    ) -> None:
-        tensors = {f"model.{k}": v for k, v in model.items()}
-        tensors |= {f"objective.{k}": v for k, v in objective.items()}
-        wholes = [tensors[name].to(self.device) for name in self.names]
-        for own, part in zip(parts, self._parts(wholes), strict=True):
+        self, parts: list[Tensor], model: Mapping[str, Tensor], objective: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """All tensors that there are, after ``parts`` have become those of the weights."""
+        tensors = {f"model.{name}": values for name, values in model.items()}
+        tensors |= {f"objective.{name}": values for name, values in objective.items()}
+        wholes = (tensors[name] for name in self.names)
+        for own, part in zip(parts, self._through(self.processes.part, wholes), strict=True):
             own.copy_(part)
-        for name, buffer in module.named_buffers():
-            if name in tensors:
-                buffer.copy_(tensors[name])
+        return tensors
 
     def _likes(self) -> list[nn.Parameter]:
         """The parameters that the optimiser changes, as the modules hold them."""
@@ -245,25 +243,36 @@ class State:
         """The optimiser's own, with the parts of all processes put together."""
         state, likes = self.optimizer.state_dict(), self._likes()
         state["state"] = {
-            number: {name: self.processes.whole(v, likes[number]) for name, v in values.items()}
+            number: {name: self.processes.told(v, likes[number]) for name, v in values.items()}
             for number, values in state["state"].items()
         }
         return state
 
+    @torch.no_grad()
     def _load_optimizer(self, state: Mapping[str, Any]) -> None:
-        likes = self._likes()
+        """Into the memory that is there, laid out as the weights of this run are."""
+        likes, moving = self._likes(), self.optimizer.param_groups[0]["params"]
+        for number, values in state["state"].items():
+            own = self.optimizer.state[moving[number]]
+            for name, whole in values.items():
+                own[name].copy_(self.processes.part(whole, likes[number]))
 
-        def placed(values: Tensor, number: int) -> Tensor:
-            """In memory as the weight is: the optimiser goes through both number by number, and
-            the run may go on in another layout."""
-            part, weight = self.processes.part(values, likes[number]), self._moving[number]
-            if part.shape != self.weights[weight].shape:  # its count of steps
-                return part.clone()
-            return torch.empty_like(self.weights[weight]).copy_(part)
 
-        parts = {
-            number: {name: placed(v, number) for name, v in values.items()}
-            for number, values in state["state"].items()
-        }
-        own = self.optimizer.state_dict()["param_groups"]  # the numbers of this run's settings
-        self.optimizer.load_state_dict({"state": parts, "param_groups": own})
+@contextmanager
+def all_in_memory() -> Iterator[None]:
+    """Within it is made what stays until the end of training, whatever the batch.
+
+    Raises:
+        MemoryError: If it does not fit, with what to do.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(
+            "out of memory before the first iteration: the weights, two numbers of AdamW for each "
+            "and the averages stay there throughout, and a smaller batch makes no room for them. "
+            "Keep fewer averages (training.ema, training.power_ema), use a smaller network or "
+            "another device, or several processes with distributed=fsdp."
+        ) from error

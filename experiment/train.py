@@ -40,7 +40,7 @@ from experiment.settings import Likelihood
 from experiment.shards import first_alone, from_first, in_first, rank
 from experiment.snapshots import cut_snapshots, save_snapshot
 from experiment.speed import Speed, keep_freed_memory
-from experiment.state import State
+from experiment.state import State, all_in_memory
 from experiment.stopping import REQUEUE, Stopping
 from experiment.trackers import Tracker
 from experiment.trackers.first_process import in_first_process
@@ -144,7 +144,9 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
 def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     """Model and objective with weights that depend on the seed alone."""
     torch.manual_seed(run.seed)
-    model, objective = run.build_model().to(run.device()), run.build("objective")
+    with all_in_memory():
+        model = run.build_model().to(run.device())
+    objective = run.build("objective")
     some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
     cond = None if data.cond is None else data.train_cond[:2].to(run.device())
     objective.prepare(model, some, cond)

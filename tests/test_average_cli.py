@@ -122,6 +122,12 @@ def test_training_takes_no_average_and_snapshots_need_some(trained):
     refused(run(*without, cwd=trained), "training.snapshot_every", "training.power_ema=[0.05,0.1]")
 
 
+def test_a_width_that_was_not_kept_from_the_start_is_refused(trained):
+    more = [word.replace("[0.05,0.1]", "[0.05,0.1,0.2]") for word in TRAIN]
+    result = run(*more, "resume.allow_change=[training.power_ema]", cwd=trained)
+    refused(result, "the width 0.2", "none up to iteration 48", "average=power:0.2", "run.fresh")
+
+
 def test_a_killed_run_goes_on_and_has_the_same_snapshots(trained, tmp_path):
     (tmp_path / "gaussian.npy").write_bytes((trained / "gaussian.npy").read_bytes())
     stopped = run(*TRAIN, cwd=tmp_path)

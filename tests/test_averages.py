@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from test_training import SHORT, assert_same, small_state, train
 from torch import nn
 
 from experiment.averages import Average, Exponential, Power
+from experiment.errors import RunError
 from experiment.state import State
 from score_models import EDM, DenoisingScoreMatching, ScoreModel
 from sde_lib import VPSDE
@@ -18,11 +21,11 @@ def averaged(profile, path: torch.Tensor) -> list[float]:
     """Average of one weight, 7 at first, after each of the values of ``path``."""
     module = nn.Linear(1, 1, bias=False)
     nn.init.constant_(module.weight, 7.0)
-    average, found = Average(profile, module.double()), []
+    average, found = Average(profile, module.double().parameters()), []
     for iteration, value in enumerate(path):
         nn.init.constant_(module.weight, float(value))
-        average.update(list(module.parameters()), [], iteration)
-        found.append(float(average.module.weight))
+        average.update(list(module.parameters()), iteration)
+        found.append(float(average.weights[0]))
     return found
 
 
@@ -99,3 +102,34 @@ def test_averages_hold_the_newest_buffers_whether_replaced_or_shared():
         for average in (state.average(0), state.average(1)):
             assert float(average.model.network.passes) == number
             assert average.model.network.too.tolist() == [number, number]
+
+
+def after(settings, changed, stop, folder):
+    """Of a run with averages as ``settings`` say, stopped at ``stop``, the rest as ``changed``."""
+    state = small_state(settings)
+    train(state, folder, settings, should_stop=lambda: state.iteration == stop)
+    stored = state.state_dict() | {"iteration": state.iteration}
+    state = small_state(changed)
+    state.load(stored)
+    train(state, folder, changed)
+    return state.state_dict()["averages"]
+
+
+def test_a_run_may_go_on_with_fewer_averages_and_these_are_what_they_were(tmp_path):
+    more = replace(SHORT, ema=[0.9, 0.5], power_ema=[0.05, 0.1])
+    fewer = replace(SHORT, ema=0.5, power_ema=[0.1])
+    whole, rest = after(more, more, 3, tmp_path), after(more, fewer, 3, tmp_path)
+    assert list(rest) == ["ema-0.5", "power-0.1"]
+    assert_same(rest, {name: whole[name] for name in rest})
+
+
+def test_a_power_average_cannot_begin_within_a_run_and_a_decay_says_that_it_does(tmp_path, capsys):
+    few, more = replace(SHORT, power_ema=[0.1]), replace(SHORT, power_ema=[0.1, 0.2])
+    with pytest.raises(RunError, match=r"width 0.2, .*none up to iteration 3\. .*power:0.2 can"):
+        after(few, more, 3, tmp_path)
+    assert "average" not in capsys.readouterr().out
+    late = after(few, replace(few, ema=[0.999, 0.5]), 3, tmp_path)
+    assert "the average ema-0.5 was not kept so far and begins at iteration 3" in (
+        capsys.readouterr().out
+    )
+    assert list(late) == ["ema-0.999", "ema-0.5", "power-0.1"]

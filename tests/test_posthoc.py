@@ -33,14 +33,14 @@ def path(columns: int = 4, steps: int = STEPS) -> torch.Tensor:
 def averages(widths, weights: torch.Tensor) -> dict[Kept, torch.Tensor]:
     """What the averages of training are after each iteration, by their own recurrence."""
     module = nn.Linear(weights.shape[1], 1, bias=False).double()
-    kept = {width: Average(Power(width), module) for width in widths}
+    kept = {width: Average(Power(width), module.parameters()) for width in widths}
     found = {}
     for iteration, row in enumerate(weights):
         with torch.no_grad():
             module.weight.copy_(row[None])
         for width, average in kept.items():
-            average.update(list(module.parameters()), [], iteration)
-            found[Kept(width, iteration + 1)] = average.module.weight[0].clone()
+            average.update(list(module.parameters()), iteration)
+            found[Kept(width, iteration + 1)] = average.weights[0][0].clone()
     return found
 
 

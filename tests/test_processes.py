@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from gloo_run import one_of_them
+from gloo_run import AVERAGES, one_of_them, what_it_holds
 from test_training import leaves
 from torch.testing import assert_close
 
-from experiment.checkpoint import list_checkpoints, load_checkpoint
+from experiment.checkpoint import iteration_of, list_checkpoints, load_checkpoint
 from experiment.errors import RunError
 from experiment.processes import DDP, FSDP
+from experiment.snapshots import Snapshots, Source
 from score_models import DenoisingScoreMatching, SlicedScoreMatching
 
 
@@ -24,22 +28,28 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run(
-    folder: Path, *, size: int = 2, kind: str = "ddp", batch=16, parts=1, stop=0, what="plain"
-) -> dict:
-    """What ``size`` processes have stored in the end."""
-    port, forks = free_port(), multiprocessing.get_context("fork")
-    started = []
+def start(size: int, task: Callable[..., None], *arguments: Any) -> None:
+    """``task`` in ``size`` processes, until all have ended well."""
+    port, forks, started = free_port(), multiprocessing.get_context("fork"), []
     for rank in range(size):
         about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
         about |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = {name: str(value) for name, value in about.items()}, kind, batch, parts
-        started.append(forks.Process(target=one_of_them, args=(*arguments, folder, stop, what)))
+        about = {name: str(value) for name, value in about.items()}
+        started.append(forks.Process(target=task, args=(about, *arguments)))
         started[-1].start()
     for process in started:
         process.join(240)
     assert [process.exitcode for process in started] == [0] * size
-    return load_checkpoint(list_checkpoints(folder)[-1])
+
+
+def run(
+    folder: Path, *, size: int = 2, kind: str = "ddp", batch=16, parts=1, stop=0, what="plain"
+) -> dict:
+    """What ``size`` processes have stored in the end."""
+    start(size, one_of_them, kind, batch, parts, folder, stop, what)
+    made = list_checkpoints(folder / "snapshots")
+    snapshots = {iteration_of(path): load_checkpoint(path)["averages"] for path in made}
+    return load_checkpoint(list_checkpoints(folder)[-1]) | {"snapshots": snapshots}
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +79,12 @@ def test_uneven_shares_in_parts_give_the_same_mean_over_the_batch(tmp_path):
     assert_alike(whole, run(tmp_path / "two", batch=15, parts=3))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, kind):
-    stopped = run(tmp_path, kind=kind, stop=3)
+@pytest.mark.parametrize("kinds", [("ddp", "fsdp"), ("fsdp", "ddp")], ids="-".join)
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone, kinds):
+    stopped = run(tmp_path, kind=kinds[0], stop=3)
     assert stopped["iteration"] == 3 and stopped["done"] is False
-    ended = run(tmp_path, size=1)
+    assert run(tmp_path, size=1, stop=5)["iteration"] == 5
+    ended = run(tmp_path, kind=kinds[1])
     for part in ("model", "ema", "averages", "optimizer"):
         assert_alike(alone[part], ended[part])
 
@@ -101,10 +112,67 @@ def test_a_gradient_in_parts_is_that_of_the_whole(tmp_path):
     assert any(not torch.equal(a, parts["model"][k]) for k, a in whole["model"].items())
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_train_a_conditional_network_as_one_does(tmp_path, kind):
-    alone = run(tmp_path / "one", size=1, what="conditional")
-    assert_alike(alone, run(tmp_path / "two", kind=kind, what="conditional"))
+@pytest.mark.parametrize(
+    "what, kind",
+    [
+        ("conditional", "ddp"),
+        ("conditional", "fsdp"),
+        ("heads", "fsdp"),
+        ("sliced", "ddp"),  # what fsdp names as the way out
+    ],
+)
+def test_two_processes_train_other_networks_and_objectives_as_one_does(tmp_path, what, kind):
+    alone = run(tmp_path / "one", size=1, what=what)
+    assert_alike(alone, run(tmp_path / "two", kind=kind, what=what))
+
+
+def test_by_fsdp_bfloat16_differs_from_one_process_by_its_rounding_alone(tmp_path, alone):
+    """Losses are of the same rows, but gradients are rounded before their sum and not after it:
+    that moves the curve by no more than what rounds all of them at all."""
+    one = run(tmp_path / "one", size=1, what="bfloat16")
+    two = run(tmp_path / "two", kind="fsdp", what="bfloat16")
+    exact, half, parted = (torch.tensor(state["losses"]) for state in (alone, one, two))
+    assert not torch.equal(exact, half)
+    assert_close(parted[0], half[0], rtol=2e-4, atol=2e-5)
+    assert float((parted - half).abs().max()) <= float((half - exact).abs().max())
+
+
+def put_together(state: dict) -> dict:
+    """The average of a width between those that were kept."""
+    found = [Source(n, lambda kept=kept: kept) for n, kept in state["snapshots"].items()]
+    snapshots = Snapshots(AVERAGES["power_ema"], found)
+    return snapshots.put_together(snapshots.combination(0.07, state["iteration"]))
+
+
+def test_an_average_put_together_from_snapshots_of_fsdp_is_that_of_one_process(tmp_path, alone):
+    parted = run(tmp_path, kind="fsdp")
+    assert list(parted["snapshots"]) == [2, 4, 6, 8]
+    made = put_together(alone)
+    assert_alike(made, put_together(parted))
+    kept = alone["averages"]["power-0.1"]["model"]
+    assert any(not torch.equal(value, kept[name]) for name, value in made["model"].items())
+
+
+def test_a_process_of_fsdp_holds_its_share_and_only_the_first_is_told_the_whole(tmp_path):
+    start(2, what_it_holds, tmp_path)
+    (first, told), (second, none) = (
+        json.loads((tmp_path / f"{n}.json").read_text()) for n in "01"
+    )
+    # weights, two numbers of AdamW and three averages, halved; a layer of few rows less evenly
+    assert max(first, second) < 0.6 * (1 + 2 + 3) and first + second > 1 + 2 + 3
+    assert told == 3 and none < 0.6 * 3
+
+
+def test_weights_that_enter_no_loss_are_refused_by_ddp_and_told_by_name():
+    network = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 1), "idle": torch.nn.Linear(2, 1)})
+    network["used"](torch.ones(3, 2)).sum().backward()
+    together, weights = DDP(), list(network.parameters())
+    together.collect(network, weights)  # alone it does not matter
+    together.size = 2
+    with pytest.raises(RunError, match="got none of 2, the first idle.weight. Freeze them"):
+        together.collect(network, weights)
+    network["idle"].requires_grad_(False)
+    together.collect(network, weights)
 
 
 def test_what_needs_second_derivatives_is_refused_by_fsdp():

@@ -83,6 +83,31 @@ def test_a_sample_that_does_not_fit_alone_stops_with_what_to_do(tmp_path, monkey
         train(state, tmp_path, PLAIN)
 
 
+def full(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+
+@pytest.mark.parametrize(
+    "place, name", [(torch, "zeros_like"), (torch.Tensor, "clone")], ids=["optimizer", "averages"]
+)
+def test_what_stays_in_memory_is_made_before_the_first_iteration_or_refused_there(
+    monkeypatch, place, name
+):
+    state = plain_state()
+    loss = OBJECTIVE(state.model, torch.ones(4, 2)).mean()
+    loss.backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros_like", full)  # by which AdamW makes its numbers, if it has to
+        patch.setattr(torch.Tensor, "clone", full)
+        state.update(loss.detach(), 1e-3, 1.0)
+    assert all(float(own["step"]) == 1 for own in state.optimizer.state.values())
+    monkeypatch.setattr(place, name, full)
+    with pytest.raises(
+        MemoryError, match="before the first iteration.*AdamW.*fewer averages.*fsdp"
+    ):
+        plain_state()
+
+
 def test_a_compiled_network_trains_as_a_plain_one_and_is_stored_under_plain_names(tmp_path):
     """By the backend that only takes the graph: code for the machine takes a minute to make."""
     curves, states = [], []

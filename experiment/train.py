@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-from experiment.augment import Augmentation, augmentation
-from experiment.batches import Batches
 from experiment.checkpoint import (
     Saver,
     check_weights,
@@ -23,14 +21,13 @@ from experiment.checkpoint import (
     restoring,
     stored_config,
 )
-from experiment.data import Dataset
+from experiment.choices import Choices
 from experiment.dequantizer import dequantizer
 from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Evaluation, evaluate, show
 from experiment.fitted import digest_of
 from experiment.ledger import append_evaluation, evaluated
-from experiment.processes import Processes
 from experiment.progress import say
 from experiment.record import Record
 from experiment.report import renew_report
@@ -39,20 +36,15 @@ from experiment.sample import draw_and_save
 from experiment.settings import Likelihood
 from experiment.shards import first_alone, from_first, in_first, rank
 from experiment.snapshots import cut_snapshots, save_snapshot
-from experiment.speed import Speed, keep_freed_memory
-from experiment.state import State, all_in_memory
+from experiment.speed import keep_freed_memory
+from experiment.state import State
 from experiment.stopping import REQUEUE, Stopping
 from experiment.trackers import Tracker
 from experiment.trackers.first_process import in_first_process
 from experiment.training import Training, fit
 from experiment.variance_heads import learned_variance
 from likelihood import Dequantization
-from score_models import Objective, ScoreModel
-from score_models.acceleration import PRECISIONS
-from score_models.model_size import ModelSize, describe
-from sde_lib import validation
-from sde_lib.reverse_variance import VARIANCES
-from sde_lib.samplers import Sampler, SamplingError
+from sde_lib.samplers import SamplingError
 
 
 def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> None:
@@ -65,69 +57,20 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
         quick_samples: Samples of the grid drawn at each evaluation.
         requeue_code: Exit code after SIGUSR1, by which a scheduler knows that it goes on.
     """
-    if run.config["checkpoint"]:
-        raise RunError(
-            f"checkpoint={run.config['checkpoint']} is for mode=likelihood and mode=sample; "
-            "training goes on from the newest checkpoint of its own directory, run.root/run.name."
-        )
-    if run.config.get("average") is not None:
-        raise RunError(
-            f"average={run.config['average']} is for the modes that use a trained model; training "
-            "keeps those of training.ema and training.power_ema, and evaluates the first."
-        )
-    validation.installed("matplotlib")  # for the pictures: not found missing after an hour
     settings: Training = run.build("training")
-    stopping = Stopping(settings.max_seconds, requeue_code)
-    likelihood: Likelihood = run.build("likelihood")
-    sampler: Sampler = run.build("sampler")
-    data: Dataset = run.build("data")
-    likelihood.check(
-        data, on_centres=not settings.dequantize, label_dropout=settings.label_dropout
-    )
-    Batches(len(data.train), settings.batch_size, run.seed)  # refuses a batch that is too large
-    run = run.measured(data)
-    augment = augmentation(run, data)
-    if settings.label_dropout and data.cond is None:
-        raise RunError(
-            f"training.label_dropout={settings.label_dropout:g} drops conditions, and {data.name} "
-            "come without; add data.conditional=true, or leave it out."
-        )
-    speed: Speed = run.build("speed")
-    processes: Processes = run.build("distributed")
-    processes.share(settings.batch_size)  # refuses a batch that is too small
+    stopping = Stopping(settings.max_seconds, requeue_code)  # the time counts from here
+    choices = Choices.of(run, settings)
+    run = choices.run
     if run.device().type == "cpu":
         keep_freed_memory()
-    model, objective = _seeded(run, data)
-    speed.check(objective, run.device())
-    processes.check(objective)
-    sampler.check(model.sde)
-    for name in sorted(sampler.wanted):
-        raise RunError(
-            f"variance={name} is found out about a trained model; train with another sampler, "
-            f"then run {VARIANCES[name].mode} and mode=sample with this one."
-        )
-    rows = -(-len(processes.share(settings.batch_size)) // speed.accumulate)
-    size = describe(
-        model.network,
-        data.shape,
-        rows,
-        averages=len(settings.profiles),
-        dtype=PRECISIONS[speed.precision],
-    )
-    processes.join()
+    size = choices.size  # asked of weights that no process has taken apart yet
+    choices.processes.join()
     tracker = in_first_process(lambda: run.build("tracking"))
     with ExitStack() as held:
         in_first(lambda: _own(run, held))
-        state = State(
-            model,
-            objective,
-            settings.profiles,
-            settings.adam,
-            speed=speed,
-            processes=processes,
-        )
+        state = choices.state()
         resumed = _resume(run, state, settings)
-        whole = likelihood.count(data)
+        whole = choices.likelihood.count(choices.data)
         scored = in_first(lambda: evaluated(run.path, state.iteration, whole))
         if from_first(resumed and state.iteration >= settings.steps and scored):
             say(
@@ -136,21 +79,7 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
                 "run.fresh=true starts over."
             )
             return
-        trainer = _Trainer(run, settings, likelihood, sampler, data, tracker, quick_samples)
-        trainer.augment, trainer.size = augment, size
-        trainer.go(state, stopping)
-
-
-def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
-    """Model and objective with weights that depend on the seed alone."""
-    torch.manual_seed(run.seed)
-    with all_in_memory():
-        model = run.build_model().to(run.device())
-    objective = run.build("objective")
-    some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
-    cond = None if data.cond is None else data.train_cond[:2].to(run.device())
-    objective.prepare(model, some, cond)
-    return model, objective
+        _Trainer(choices, tracker, quick_samples).go(state, stopping, str(size))
 
 
 def _own(run: Run, held: ExitStack) -> None:
@@ -204,57 +133,33 @@ def _resume(run: Run, state: State, settings: Training) -> bool:
 class _Trainer:
     """The callbacks of one training run: record, tracker, checkpoints, evaluations, report."""
 
-    def __init__(
-        self,
-        run: Run,
-        settings: Training,
-        likelihood: Likelihood,
-        sampler: Sampler,
-        data: Dataset,
-        tracker: Tracker,
-        quick_samples: int,
-    ) -> None:
-        self.run, self.settings, self.likelihood, self.sampler = run, settings, likelihood, sampler
-        self.data, self.tracker, self.quick_samples = data, tracker, quick_samples
-        self.record = Record(run.path)
-        self.config_text = json.dumps(run.config)
+    def __init__(self, choices: Choices, tracker: Tracker, quick_samples: int) -> None:
+        self.run, self.settings, self.data = choices.run, choices.settings, choices.data
+        self.choices, self.tracker, self.quick_samples = choices, tracker, quick_samples
+        self.record = Record(self.run.path)
+        self.config_text = json.dumps(self.run.config)
         self.began = time.monotonic()
-        self.save = Saver(run.checkpoints)
+        self.save = Saver(self.run.checkpoints)
         self.first = rank() == 0
-        self.augment: Augmentation | None = None
-        self.size: ModelSize | None = None
 
-    def go(self, state: State, stopping: Stopping) -> None:
-        """Train from ``state`` to the end, evaluate, report, and say where to look."""
+    def go(self, state: State, stopping: Stopping, size: str) -> None:
+        """Train from ``state`` to the end, evaluate, report, and say where to look; ``size`` is
+        said before."""
         run = self.run
         if self.first:
             self.record.cut(state.iteration)
-            cut_snapshots(self.run.snapshots, state.iteration)
+            cut_snapshots(run.snapshots, state.iteration)
         name = run.config["run"]["name"]
         say(
             f"{name}: {len(self.data.train)} training samples of shape {self.data.shape}, "
             f"{self.settings.steps} iterations on {run.device()}"
         )
-        say(str(self.size))
+        say(size)
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:
             with stopping:
-                done = fit(
-                    state,
-                    self.data,
-                    self.settings,
-                    seed=run.seed,
-                    failure_folder=run.path,
-                    on_log=self.log,
-                    on_checkpoint=self.checkpoint,
-                    on_evaluate=self.glance,
-                    on_snapshot=self.snapshot,
-                    should_stop=stopping.wanted,
-                    augment=self.augment,
-                )
-                if not done:  # the signal may have come to another process
-                    stopping.signal = state.processes.largest(stopping.signal)
+                done = self.fit(state, stopping)
                 if done:
                     stopping.saved = True
                     if stopping.signal:  # it came with the last iteration
@@ -277,6 +182,25 @@ class _Trainer:
         say(f"took {time.monotonic() - self.began:.0f} s\n{report}")
         if self.tracker.describe():
             say(self.tracker.describe())
+
+    def fit(self, state: State, stopping: Stopping) -> bool:
+        """All iterations that are left; False if something stopped them."""
+        done = fit(
+            state,
+            self.data,
+            self.settings,
+            seed=self.run.seed,
+            failure_folder=self.run.path,
+            on_log=self.log,
+            on_checkpoint=self.checkpoint,
+            on_evaluate=self.glance,
+            on_snapshot=self.snapshot,
+            should_stop=stopping.wanted,
+            augment=self.choices.augment,
+        )
+        if not done:  # the signal may have come to another process
+            stopping.signal = state.processes.largest(stopping.signal)
+        return done
 
     def became(self, state: str) -> None:
         """Note how far the run is."""
@@ -325,7 +249,7 @@ class _Trainer:
 
     def glance(self, state: State) -> None:
         """A point of the curve: likelihood of a part of the test set, samples; never fatal."""
-        settings = self.likelihood.quick(128)
+        settings = self.choices.likelihood.quick(128)
         try:
             self.score(state, settings, "likelihood of a part")
             self.draw(state)
@@ -335,7 +259,7 @@ class _Trainer:
 
     def evaluate(self, state: State) -> None:
         """Likelihood of the whole test set and samples: the result of the run."""
-        settings, run, model = self.likelihood, self.run, state.ema
+        settings, run, model = self.choices.likelihood, self.run, state.ema
         label = f"{state.iteration:08d}"
         made = first_alone(
             lambda: dequantizer(settings, self.data, model, run.path, label, seed=run.seed)
@@ -381,7 +305,7 @@ class _Trainer:
         if not self.first:
             return
         picture = draw_and_save(
-            self.run, model, self.sampler, self.data, state.iteration, self.quick_samples
+            self.run, model, self.choices.sampler, self.data, state.iteration, self.quick_samples
         )
         if picture is not None:
             self.tracker.image("samples/grid", picture, state.iteration)

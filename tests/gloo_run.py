@@ -107,11 +107,12 @@ def what_it_holds(about: dict[str, str], folder: Path) -> None:
 
 
 def bytes_alive() -> int:
-    """Of all tensors of this process, shared memory counted once."""
+    """Of all plain tensors of this process, shared memory counted once; fakes have none."""
     gc.collect()
     found = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
     parts = (getattr(tensor, "_local_tensor", tensor) for tensor in found)
-    storages = [part.untyped_storage() for part in parts if not part.is_meta]
+    plain = (part for part in parts if type(part) in (torch.Tensor, torch.nn.Parameter))
+    storages = [part.untyped_storage() for part in plain if not part.is_meta]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

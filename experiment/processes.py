@@ -178,16 +178,15 @@ class DDP(Processes):
         return list(module.parameters())
 
     def collect(self, module: nn.Module, weights: Sequence[nn.Parameter]) -> None:
-        if self.size == 1:
+        if self.size == 1 or not any(map(_unused, weights)):
             return
-        named = module.named_parameters()
-        unused = [name for name, w in named if w.requires_grad and w.grad is None]
-        if unused:  # those that share a message with them were not averaged
-            raise RunError(
-                "distributed=ddp needs all weights that are trained to enter the loss; got none "
-                f"of {len(unused)}, the first {unused[0]}. Freeze them (requires_grad=False), or "
-                "take distributed=fsdp, which leaves them as they are."
-            )
+        # what shares a message with them was not averaged
+        unused = [name for name, weight in module.named_parameters() if _unused(weight)]
+        raise RunError(
+            "distributed=ddp needs all weights that are trained to enter the loss; got none "
+            f"of {len(unused)}, the first {unused[0]}. Freeze them (requires_grad=False), or "
+            "take distributed=fsdp, which leaves them as they are."
+        )
 
     def last(self, module: nn.Module, yes: bool) -> Any:  # noqa: ANN401
         return nullcontext() if yes or self.size == 1 else module.no_sync()
@@ -298,6 +297,10 @@ def _layers(module: nn.Module, smallest: int) -> Iterator[nn.Module]:
             yield from _layers(part, smallest)
         elif size(part) >= smallest:
             yield part
+
+
+def _unused(weight: nn.Parameter) -> bool:
+    return weight.requires_grad and weight.grad is None
 
 
 def _local(tensor: Tensor) -> Tensor:

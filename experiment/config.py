@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import RunError
+from experiment.errors import RunError, to_install
 
 ROOMS = ("sde_lib", "score_models", "likelihood", "experiment")
 ALLOW_VARIABLE = "SCORE_SDE_ALLOW"  # packages of the user's own, comma-separated
@@ -258,7 +258,7 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
     )
     if absent:
         group, choice, options = absent.groups()
-        more = "; pip install 'score-sde[sweep]' brings more" * (group == "hydra/launcher")
+        more = f"; {to_install('sweep')} brings more" * (group == "hydra/launcher")
         return f"unknown {group}={choice}; choose one of {', '.join(options.split())}{more}."
     if "override_grammar" in message or "Config group override must" in message:
         given = " ".join(message.partition("See http")[0].split())

@@ -1,5 +1,8 @@
 """What goes wrong at run time through no bug of ours: told in one line, without a traceback."""
 
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parents[1]
 EXTRAS = {  # others: run
     "torchdiffeq": "solvers",
     "torchsde": "solvers",
@@ -16,6 +19,7 @@ PACKAGES = {  # where the name to install is not the name to import
     "yaml": "pyyaml",
     "wandb_workspaces": "wandb-workspaces",
 }
+SET_UP = ("solvers", "run", "wandb", "dashboard", "tensorboard")  # of these ./dev setup has all
 
 
 class RunError(RuntimeError):
@@ -41,7 +45,11 @@ def one_line(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]
         package, extra = PACKAGES.get(module, module), EXTRAS.get(module, "run")
-        return (
-            f"this needs the package {package}: pip install 'score-sde[{extra}]', or ./dev setup"
-        )
+        return f"this needs the package {package}: {to_install(extra)}"
     return " ".join(str(error).split())  # what a library says may take several lines
+
+
+def to_install(extra: str) -> str:
+    """What to do for the packages of an extra."""
+    also = ", or ./dev setup" * (extra in SET_UP)
+    return f"pip install '.[{extra}]' in {HOME}{also}"

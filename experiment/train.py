@@ -59,13 +59,13 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
     """
     settings: Training = run.build("training")
     stopping = Stopping(settings.max_seconds, requeue_code)  # the time counts from here
+    tracker = in_first_process(lambda: run.build("tracking"))
     choices = Choices.of(run, settings)
     run = choices.run
     if run.device().type == "cpu":
         keep_freed_memory()
     size = choices.size  # asked of weights that no process has taken apart yet
     choices.processes.join()
-    tracker = in_first_process(lambda: run.build("tracking"))
     with ExitStack() as held:
         in_first(lambda: _own(run, held))
         state = choices.state()

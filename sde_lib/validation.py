@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from collections.abc import Collection
 
 
@@ -93,5 +94,6 @@ def installed(package: str) -> None:
     Raises:
         ModuleNotFoundError: Naming the package and how to get it.
     """
-    if importlib.util.find_spec(package) is None:
+    loaded = sys.modules.get(package) is not None  # find_spec wants those to have one
+    if not loaded and importlib.util.find_spec(package) is None:
         raise ModuleNotFoundError(f"{package} is needed: `pip install {package}`.", name=package)

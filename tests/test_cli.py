@@ -568,10 +568,10 @@ def test_help_lists_every_choice_with_its_line_and_imports_neither_torch_nor_hyd
 @pytest.mark.parametrize(
     ("package", "advice", "asked"),
     [
-        ("torchdiffeq", "torchdiffeq: pip install 'score-sde[solvers]'", ["sampler=adaptive"]),
-        ("hydra", "hydra-core: pip install 'score-sde[run]'", []),
-        ("matplotlib", "matplotlib: pip install 'score-sde[run]'", []),
-        ("sklearn", "scikit-learn: pip install 'score-sde[run]'", []),
+        ("torchdiffeq", "torchdiffeq: pip install '.[solvers]' in ", ["sampler=adaptive"]),
+        ("hydra", "hydra-core: pip install '.[run]' in ", []),
+        ("matplotlib", "matplotlib: pip install '.[run]' in ", []),
+        ("sklearn", "scikit-learn: pip install '.[run]' in ", []),
     ],
 )
 def test_a_missing_package_is_named_with_its_extra_before_anything_starts(
@@ -588,7 +588,7 @@ def test_without_torchsde_its_own_sampler_is_refused_and_the_others_work(trained
     command = [f"mode={mode}", *TINY, "training.steps=7"]  # one iteration more than there are
     environment = without("torchsde", tmp_path)
     asked = run(*command, "sampler=torchsde", cwd=tmp_path, env=environment)
-    refused(asked, "torchsde: pip install 'score-sde[solvers]'")
+    refused(asked, "torchsde: pip install '.[solvers]' in ")
     assert logged_iterations(tmp_path)[-1] == 6, "refused before the first step"
     result = run(*command, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr

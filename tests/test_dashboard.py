@@ -127,5 +127,5 @@ def test_without_the_package_one_line_names_the_extra_and_the_run_goes_on(tmp_pa
     server.leave()
     assert done.returncode == 0 and done.stdout.endswith("the end\n"), done.stderr
     (line,) = done.stderr.splitlines()
-    assert "wandb-workspaces" in line and "score-sde[dashboard]" in line
+    assert "wandb-workspaces" in line and "pip install '.[dashboard]' in " in line
     assert server.saved == [] and f"wandb: {server.url}/me/" in done.stdout

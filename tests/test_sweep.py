@@ -142,11 +142,11 @@ def test_a_sweep_from_the_command_line(tmp_path):
 
 def test_a_typo_in_any_value_of_a_sweep_is_told_before_the_first_job(tmp_path):
     refused(run("-m", "sde=vp,vee", cwd=tmp_path), "unknown sde=vee")
-    refused(run("-m", "seed=0,1", "hydra/launcher=nobody", cwd=tmp_path), "score-sde[sweep]")
+    refused(run("-m", "seed=0,1", "hydra/launcher=nobody", cwd=tmp_path), "pip install '.[sweep]'")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.skipif(not launchers("joblib"), reason="pip install 'score-sde[sweep]'")
+@pytest.mark.skipif(not launchers("joblib"), reason="needs the extra sweep")
 def test_jobs_of_joblib_run_beside_each_other(tmp_path):
     asked = ["-m", "mode=train", *TINY, "training.steps=2", "seed=0,1"]
     result = run(*asked, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", cwd=tmp_path, env={})

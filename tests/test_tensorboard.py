@@ -17,6 +17,7 @@ from experiment.errors import RunError
 from experiment.figures import save_grid
 from experiment.record import Record
 from experiment.trackers import Safe, TensorBoardTracker
+from experiment.trackers.first_process import in_first_process
 from experiment.trackers.tensorboard_tracker import layout
 
 
@@ -33,11 +34,9 @@ def read(run_dir: Path) -> Any:
 def test_without_the_package_the_message_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(RunError, match=r"pip install 'score-sde\[tensorboard\]'.*tracking=auto"):
-        Safe(TensorBoardTracker()).start(tmp_path, {}, "x")
+    with pytest.raises(RunError, match=r"pip install '.\[tensorboard\]' in .*tracking=auto"):
+        in_first_process(TensorBoardTracker)
     assert list(tmp_path.iterdir()) == []
 
 

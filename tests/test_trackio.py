@@ -20,7 +20,8 @@ from test_trackers import ROOT, Silent, environment, server  # noqa: F401
 from experiment import metrics
 from experiment.errors import RunError
 from experiment.figures import save_grid
-from experiment.trackers import Safe, TrackioTracker
+from experiment.trackers import TrackioTracker
+from experiment.trackers.first_process import in_first_process
 
 real = pytest.mark.skipif(
     importlib.util.find_spec("trackio") is None, reason="needs trackio, of the extra trackio"
@@ -130,8 +131,8 @@ def test_without_the_package_the_message_names_the_extra(
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "elsewhere"))
     monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(RunError, match=r"pip install 'score-sde\[trackio\]'.*tracking=auto"):
-        Safe(TrackioTracker()).start(tmp_path, {}, "x")
+    with pytest.raises(RunError, match=r"pip install '.\[trackio\]' in .*tracking=auto"):
+        in_first_process(TrackioTracker)
     assert list(tmp_path.iterdir()) == []
 
 

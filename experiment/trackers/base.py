@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from experiment.errors import EXTRAS, PACKAGES, RunError
+from experiment.errors import EXTRAS, PACKAGES, RunError, to_install
+from sde_lib import validation
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +20,13 @@ class Tracker(ABC):
 
     A tracker may raise in any call: training goes through ``Safe``, which makes that harmless.
     """
+
+    def check(self) -> None:  # noqa: B027
+        """Before anything else: refuse what cannot be had; without effect unless overridden.
+
+        Raises:
+            RunError: If there is such a thing, for example a package that is missing.
+        """
 
     @abstractmethod
     def start(self, run_dir: str | Path, config: Mapping[str, Any], name: str) -> None:
@@ -172,13 +180,25 @@ class Safe(Tracker):
             self.tracker.abandon()
 
 
+def look_for(choice: str, package: str) -> None:
+    """Refuse ``tracking=choice`` at the door, without an import, which may be long or say things.
+
+    Raises:
+        RunError: If its package is not there.
+    """
+    try:
+        validation.installed(package)
+    except ModuleNotFoundError as error:
+        raise missing(choice, error) from error
+
+
 def missing(choice: str, error: ModuleNotFoundError) -> RunError:
     """What to say where ``tracking=choice`` was asked for and its package is not there."""
     module = (error.name or choice).partition(".")[0]
+    remedy = to_install(EXTRAS.get(module, choice))
     return RunError(
-        f"tracking={choice} needs the package {PACKAGES.get(module, module)}: "
-        f"pip install 'score-sde[{EXTRAS.get(module, choice)}]', or choose tracking=auto, which "
-        "goes on without."
+        f"tracking={choice} needs the package {PACKAGES.get(module, module)}: {remedy}, or choose "
+        "tracking=auto, which goes on without."
     )
 
 

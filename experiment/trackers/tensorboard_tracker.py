@@ -10,7 +10,7 @@ from typing import Any
 
 from experiment import metrics
 from experiment.record import ITERATION, Record
-from experiment.trackers.base import Tracker, missing
+from experiment.trackers.base import Tracker, look_for
 
 
 class TensorBoardTracker(Tracker):
@@ -27,16 +27,13 @@ class TensorBoardTracker(Tracker):
         self._writer: Any = None
         self._folder = Path()
 
-    def start(self, run_dir: str | Path, config: Mapping[str, Any], name: str) -> None:
-        """Begin another event file, and write the configuration and the layout of the charts.
+    def check(self) -> None:
+        look_for("tensorboard", "tensorboard")
 
-        Raises:
-            RunError: If tensorboard is not installed.
-        """
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise missing("tensorboard", error) from error
+    def start(self, run_dir: str | Path, config: Mapping[str, Any], name: str) -> None:
+        """Begin another event file, and write the configuration and the layout of the charts."""
+        from torch.utils.tensorboard import SummaryWriter
+
         self._folder = Path(run_dir) / self.FOLDER
         iterations = [row.get(ITERATION, -1) for row in Record.read(run_dir)]
         self._writer = SummaryWriter(str(self._folder), purge_step=max(iterations, default=-1) + 1)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import metrics
-from experiment.trackers.base import Tracker, missing
+from experiment.trackers.base import Tracker, look_for
 from experiment.trackers.run_id import run_id
 
 
@@ -31,18 +31,15 @@ class TrackioTracker(Tracker):
         self._run: Any = None
         self._where = ""
 
-    def start(self, run_dir: str | Path, config: Mapping[str, Any], name: str) -> None:
-        """Begin the run, or go on with the one whose id stands in ``run_dir``.
+    def check(self) -> None:
+        look_for("trackio", "trackio")
 
-        Raises:
-            RunError: If trackio is not installed.
-        """
+    def start(self, run_dir: str | Path, config: Mapping[str, Any], name: str) -> None:
+        """Begin the run, or go on with the one whose id stands in ``run_dir``."""
         beside = Path(run_dir).absolute().parent / ".trackio"
         os.environ.setdefault("TRACKIO_DIR", str(beside))  # read when trackio is imported
-        try:
-            import trackio
-        except ModuleNotFoundError as error:
-            raise missing("trackio", error) from error
+        import trackio
+
         remote = [k for k in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if os.environ.get(k)]
         with _quiet() if remote else _alone():
             self._run = trackio.init(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiment import metrics
-from experiment.errors import RunError
+from experiment.errors import RunError, to_install
 from experiment.record import ITERATION
 from experiment.trackers import dashboard
 from experiment.trackers.base import Tracker, one_line
@@ -167,7 +167,7 @@ class WandbTracker(Tracker):
         except ModuleNotFoundError:
             log.warning(
                 "tracking.dashboard=true needs the package wandb-workspaces: no dashboard; "
-                "pip install 'score-sde[dashboard]' adds it."
+                f"{to_install('dashboard')} adds it."
             )
         except Exception as error:  # of the server, of the network, of a preview that has changed
             log.warning("no dashboard (%s); the run goes on.", one_line(error))

@@ -33,7 +33,8 @@ def newest(run_dir: Path) -> str | None:
     if not rows:
         return None
     row = rows[-1]
-    return f"{row['value']:.4f} ± {row['standard_error']:.4f} {UNITS[row['metric']]}"
+    value = f"{row['value']:.4f} ± {row['standard_error']:.4f} {UNITS[row['metric']]}"
+    return f"{value}; {row['caveat']}" if row.get("caveat") else value
 
 
 def is_own(row: Mapping[str, Any]) -> bool:
@@ -72,12 +73,13 @@ def append_evaluation(
     checkpoint: str,
     bounds: Estimates | None = None,
     average: Mapping[str, Any] | None = None,
+    caveat: str = "",
 ) -> None:
     """Add one row to ``likelihood.json``, with what it takes to repeat it.
 
     ``checkpoint`` is the name of a file of this run, or the path of another run's; ``bounds`` what
-    else was estimated of the same samples; ``average`` which of the weights, if
-    not the first.
+    else was estimated of the same samples; ``average`` which of the weights, if not the first;
+    ``caveat`` why the number does not mean what it usually does.
     """
     path = run_dir / "likelihood.json"
     row = result.as_row()
@@ -90,6 +92,7 @@ def append_evaluation(
         "entropy": data.entropy,
         "checkpoint": checkpoint,
         **(average or {}),
+        **({"caveat": caveat} if caveat else {}),
         "dequantization": _dequantized(data, settings),
         "settings": str(settings),
         "condition": CONDS[settings.cond] if data.cond is not None else "none",

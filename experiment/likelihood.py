@@ -78,7 +78,7 @@ def likelihood(run: Run) -> None:
             show_estimates(bounds)
             say(f"bounds of each sample: {keep_bounds(values, bounds)}")
         name = path.name if own else str(path.absolute())
-        more = {"bounds": bounds, "average": run.average.as_row()}
+        more = {"bounds": bounds, "average": run.average.as_row(), "caveat": run.caveat}
         append_evaluation(run.path, result, iteration, model, data, settings, name, **more)
         # the record and its views are of this run's training
         if own and not run.average.name and settings.cond == "own":

@@ -33,7 +33,7 @@ COLUMNS = {
     "seconds": "seconds",
     "how": "how",
 }
-HOW = ("sde", "how", "note", "checkpoint", "average")
+HOW = ("sde", "how", "note", "checkpoint", "average", "caveat")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -152,7 +152,9 @@ def _headline(
             f'<p class="result">{uncertain(newest["value"], newest.get("standard_error"))} '
             f"<span>{unit}, {_test_set(newest)}</span></p>\n"
         )
-        if newest["metric"] == "nll" and entropy is not None:
+        if newest.get("caveat"):
+            result += plain(f"Warning: {newest['caveat']}.")
+        elif newest["metric"] == "nll" and entropy is not None:
             gap = uncertain(newest["value"] - entropy, newest.get("standard_error"))
             result += plain(
                 f"Entropy of the data: {entropy:.4f} nats; the model is {gap} above it."

@@ -201,6 +201,16 @@ class Run:
         """Network, process and parameterization, put together."""
         return ScoreModel(self.build("network"), self.build("sde"), self.build("parameterization"))
 
+    @property
+    def caveat(self) -> str:
+        """What a model trained by the objective of this run cannot do."""
+        return self.build("objective").caveat
+
+    def warn(self) -> None:
+        """Say it, once for all processes."""
+        if rank() == 0 and self.caveat:
+            say(f"warning: {self.caveat}.")
+
     def measured(self, data: Dataset) -> Run:
         """This run with what the data decide filled in: shape, spread and condition of a sample,
         the units of continuous data, and what tells the set from another one.
@@ -245,6 +255,8 @@ class Run:
             ) from error
         # a file may come from anywhere: of all that could be called, only what makes models
         check_targets(parts, f"checkpoint {path}", ("sde_lib", "score_models"))
+        objective = {"objective": stored.get("objective", self.config["objective"])}
+        check_targets(objective, f"checkpoint {path}", ("sde_lib", "score_models", "likelihood"))
         changed = differences(trained_on, {"data": self.config["data"]}, CHANGEABLE)
         if changed:
             raise CheckpointError(
@@ -260,12 +272,13 @@ class Run:
                 f"it holds a model of other choices ({'; '.join(other)})",
                 "leave these out, or train with them",
             )
-        kept = {**parts, "training": training, "run": self._home(path)}
+        kept = {**parts, **objective, "training": training, "run": self._home(path)}
         kept["measured"] = measured_data
         chosen = choose(self.config.get("average"), path, state, training)
         run = replace(self, config={**self.config, **kept}, average=chosen.label)
         model = run.build_model()
         load_weights(model, chosen.weights, path)
+        run.warn()
         return (
             run,
             model.to(self.device()).eval().requires_grad_(False),

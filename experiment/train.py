@@ -155,6 +155,7 @@ class _Trainer:
             f"{self.settings.steps} iterations on {run.device()}"
         )
         say(size)
+        run.warn()
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:
@@ -274,8 +275,9 @@ class _Trainer:
             bounds = estimate(model, self.data, settings, result, seed=run.seed, **more)
             show_estimates(bounds)
         if self.first:
+            more = {"bounds": bounds, "caveat": run.caveat}
             append_evaluation(
-                run.path, result, state.iteration, model, self.data, settings, path.name, bounds
+                run.path, result, state.iteration, model, self.data, settings, path.name, **more
             )
         self.draw(state)
 

@@ -27,6 +27,11 @@ class Objective(ABC):
 
     second_derivatives: ClassVar[bool] = False
 
+    @property
+    def caveat(self) -> str:
+        """What a model so trained cannot do, for whoever uses it; nothing as a rule."""
+        return ""
+
     def prepare(  # noqa: B027
         self, model: ScoreModel, x0: Tensor, cond: Tensor | None = None
     ) -> None:

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class TimeSampler(ABC):
                 2021).
     """
 
+    caveat: ClassVar[str] = ""  # what a model so trained cannot do
     stratified: bool = True
 
     def __call__(self, sde: SDE, n: int, generator: Generator = None) -> tuple[Tensor, Tensor]:
@@ -70,6 +72,10 @@ class OneLevel(TimeSampler):
             with alpha = 1 it is the standard deviation of the noise, in model units.
     """
 
+    caveat: ClassVar[str] = (
+        "trained at one noise level, this model has no score at any other: a likelihood, or "
+        "samples that go through all levels, mean nothing; draw with sampler=langevin at sampler.t"
+    )
     stratified: bool = field(default=False, init=False)
     noise_ratio: float = 0.3
 

@@ -843,3 +843,21 @@ def test_a_variance_head_is_asked_for_trained_and_used(trained, tmp_path):
     assert "npr_ddim" in result.stdout and "failed" not in result.stdout
     kept.write_text("abc")
     refused(run(*few, *place, cwd=folder), kept.name, "damaged", "mode.fresh=true")
+
+
+def test_a_model_of_one_noise_level_comes_with_its_caveat_wherever_its_number_stands(tmp_path):
+    """Its likelihood would be the best of all objectives', and means nothing."""
+    quick = ["training.steps=3", "training.batch_size=8", "likelihood.max_samples=4"]
+    quick += ["sampler.steps=2", "tracking=none", "threads=1"]
+    asked = ["data=two_moons", "objective=naive_denoising", "run.name=x", *quick]
+    trained = run("mode=train", *asked, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    # without objective=: what the checkpoint says counts
+    scored = run("mode=likelihood", "data=two_moons", "run.name=x", *quick, cwd=tmp_path)
+    assert scored.returncode == 0, scored.stderr
+    assert all("warning: trained at one noise level" in done.stdout for done in (trained, scored))
+    folder = tmp_path / "runs" / "x"
+    rows = json.loads((folder / "likelihood.json").read_text())
+    assert len(rows) == 2 and all("mean nothing" in row["caveat"] for row in rows)
+    page = (folder / "report.html").read_text()
+    assert "Warning: trained at one noise level" in page and "above it" not in page

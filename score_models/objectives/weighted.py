@@ -39,6 +39,10 @@ class ScoreMatching(Objective):
                 "Use UniformLevels, UniformTimes or ImportanceTimes."
             )
 
+    @property
+    def caveat(self) -> str:
+        return self.times.caveat
+
     def draw(self, sde: SDE, shape: Sequence[int], generator: Generator) -> dict[str, Tensor]:
         """Times and importances [B], noise [B, ...]."""
         t, importance = self.times(sde, shape[0], generator)

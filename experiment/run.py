@@ -18,6 +18,7 @@ from experiment.checkpoint import (
     CheckpointError,
     list_checkpoints,
     load_checkpoint,
+    load_newest,
     load_weights,
     remove_partial_files,
     stored_config,
@@ -224,7 +225,7 @@ class Run:
         return replace(self, config=config | {"measured": found.as_node()})
 
     def trained(self) -> tuple[Run, ScoreModel, Path, int]:
-        """The run, the model of averaged weights, the file and the iteration of the newest
+        """The run, the model of averaged weights, the file and the iteration of the newest whole
         checkpoint, or of ``checkpoint=PATH``; ``average=...`` chooses another than the first.
 
         Network, process and parameterization come from the configuration *stored with it*, and
@@ -237,8 +238,7 @@ class Run:
         """
         if self.fresh:
             raise RunError("run.fresh=true is for mode=train; leave it out to use the run.")
-        path = Path(self.config["checkpoint"]) if self.config["checkpoint"] else self._newest()
-        state = load_checkpoint(path)
+        path, state = self._loaded()
         stored = stored_config(path, state)
         try:
             parts = {part: stored[part] for part in ("sde", "network", "parameterization")}
@@ -297,15 +297,19 @@ class Run:
             return own | {"name": checkpoint.stem}
         return own | {"root": str(folder.parent.parent), "name": folder.parent.name}
 
-    def _newest(self) -> Path:
-        found = list_checkpoints(self.checkpoints)
-        if not found:
+    def _loaded(self) -> tuple[Path, dict[str, Any]]:
+        """The checkpoint that was asked for, or the newest one that is whole."""
+        if self.config["checkpoint"]:
+            path = Path(self.config["checkpoint"])
+            return path, load_checkpoint(path)
+        newest = load_newest(self.checkpoints)
+        if newest is None:
             raise RunError(
                 f"no checkpoint at {self.checkpoints}; run `python run.py mode=train` "
                 "with the same choices first, "
                 "or pass checkpoint=PATH."
             )
-        return found[-1]
+        return newest
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

@@ -861,3 +861,19 @@ def test_a_model_of_one_noise_level_comes_with_its_caveat_wherever_its_number_st
     assert len(rows) == 2 and all("mean nothing" in row["caveat"] for row in rows)
     page = (folder / "report.html").read_text()
     assert "Warning: trained at one noise level" in page and "above it" not in page
+
+
+def test_the_modes_that_use_a_model_pass_over_a_damaged_checkpoint_with_a_warning(
+    trained, tmp_path
+):
+    shutil.copytree(trained[0], tmp_path / "copy")
+    newest = the_run(tmp_path / "copy") / "checkpoints" / "step-00000006.pt"
+    newest.write_bytes(newest.read_bytes()[:-99])
+    few = ["likelihood.max_samples=2", "likelihood.solver.nodes=8"]
+    done = run("mode=likelihood", *few, cwd=tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    told = done.stdout + done.stderr
+    assert "step-00000006.pt" in told and "damaged" in told and "the one before it" in told
+    assert "test set under" in told and "step-00000003.pt: " in told
+    # one that is asked for is never replaced
+    refused(run("mode=likelihood", f"checkpoint={newest}", *few, cwd=tmp_path / "copy"), "damaged")

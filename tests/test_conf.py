@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import hydra
@@ -331,3 +333,10 @@ def test_the_library_example_of_the_readme_runs() -> None:
         exec(example, names)
     assert names["noisy"].shape == (1000, 2)
     assert names["result"].log_prob.shape == (1000,)
+
+
+@pytest.mark.parametrize("choice", GROUPS["network"])
+def test_every_network_that_can_spare_memory_has_the_key_for_it(choice):
+    node = compose(f"network={choice}")["network"]
+    takes = inspect.signature(locate(node["_target_"])).parameters
+    assert ("checkpointing" in node) == ("checkpointing" in takes)

@@ -4,8 +4,9 @@ python benchmarks/processes.py                                  digits, 200 iter
 python benchmarks/processes.py --repeats 5 training.batch_size=256 distributed=fsdp
 
 Prints samples/s of 1 and of 2 processes with the spread over the repeats, the share of the ideal
-(twice as many), and the largest difference of the two loss curves. One and two take turns, so that
-other work on the machine falls on both; the ideal needs two cores that nobody else uses.
+(twice as many), and the largest difference of the two loss curves; and of two runs that have
+nothing to do with each other but the machine: what two processes could come to on these cores,
+which share memory and perhaps more. All take turns, so that other work falls on all of them.
 """
 
 import argparse
@@ -30,21 +31,37 @@ SHORT = [
 ]
 
 
-def trained(count: int, steps: int, choices: list[str], folder: Path) -> tuple[float, list[float]]:
-    """Samples/s, the median over windows but the first, and the loss of each window."""
+ONE, TWO, APART = "one process", "two processes", "two runs apart"
+WAYS = {ONE: (1, 1), TWO: (2, 1), APART: (1, 2)}  # processes of a run, runs at once
+
+
+def trainings(
+    count: int, alone: int, steps: int, choices: list[str], folder: Path
+) -> tuple[float, list[float]]:
+    """Samples/s of ``alone`` runs at once, of ``count`` processes each, the median over windows
+    but the first; and the loss of each window of the first."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command = [sys.executable, *(launch if count > 1 else []), str(ROOT / "run.py"), "mode=train"]
-    place = [f"training.steps={steps}", f"run.root={folder}", f"run.name=of-{count}"]
-    subprocess.run(
-        [*command, *SHORT, *choices, *place],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    lines = (folder / f"of-{count}" / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "train/loss" in row]
-    rates = [row["perf/images_per_s"] for row in rows[1:]]
-    return statistics.median(rates), [row["train/loss"] for row in rows]
+    place = [f"training.steps={steps}", f"run.root={folder}"]
+    started = [
+        subprocess.Popen(
+            [*command, *SHORT, *choices, *place, f"run.name=run-{n}"],
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for n in range(alone)
+    ]
+    if any([run.wait() for run in started]):  # for all of them
+        sys.exit("a training failed, and says above why")
+    runs = [logged(folder / f"run-{n}") for n in range(alone)]
+    rates = [statistics.median(row["perf/images_per_s"] for row in rows[1:]) for rows in runs]
+    return sum(rates), [row["train/loss"] for row in runs[0]]
+
+
+def logged(folder: Path) -> list[dict]:
+    """The lines of the record that have a loss."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if "train/loss" in row]
 
 
 def main() -> None:
@@ -55,29 +72,42 @@ def main() -> None:
     options = parser.parse_args()
     if options.steps < 2 * WINDOW or options.repeats < 1:
         parser.error(f"--steps must be {2 * WINDOW} or more and --repeats 1 or more")
-    rates: dict[int, list[float]] = {1: [], 2: []}
+    rates: dict[str, list[float]] = {name: [] for name in WAYS}
     apart = 0.0
     for _ in range(options.repeats):
-        curves = []
-        for count in rates:
+        curves = {}
+        for name, (count, alone) in WAYS.items():
             with tempfile.TemporaryDirectory() as folder:
-                rate, losses = trained(count, options.steps, options.choices, Path(folder))
-            rates[count].append(rate)
-            curves.append(losses)
-            print(f"{count} process(es): {rate:.0f} samples/s", file=sys.stderr, flush=True)
-        apart = max(apart, *(abs(a - b) for a, b in zip(*curves, strict=True)))
+                rate, curves[name] = trainings(
+                    count, alone, options.steps, options.choices, Path(folder)
+                )
+            rates[name].append(rate)
+            print(f"{name}: {rate:.0f} samples/s", file=sys.stderr, flush=True)
+        pairs = zip(curves[ONE], curves[TWO], strict=True)
+        apart = max(apart, *(abs(a - b) for a, b in pairs))
     table(rates)
     print(f"\nlargest difference of the loss curves: {apart:.2g}")
 
 
-def table(rates: dict[int, list[float]]) -> None:
+def table(rates: dict[str, list[float]]) -> None:
     """Median, least and most of the repeats; the share of the ideal, repeat by repeat."""
-    print("| processes | samples/s | least to most | share of the ideal |\n" + "| --- " * 4 + "|")
-    for count, values in rates.items():
-        shares = [b / (count * a) for a, b in zip(rates[1], values, strict=True)]
-        spread = f"{min(values):.0f} to {max(values):.0f}"
-        share = f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
-        print(f"| {count} | {statistics.median(values):.0f} | {spread} | {share} |")
+    print("| | samples/s (least to most) | of twice one | of two runs apart |")
+    print("| --- " * 4 + "|")
+    for name, values in rates.items():
+        twice, both = (ratios(values, rates[other]) for other in (ONE, APART))
+        of_twice = spread([ratio / 2 for ratio in twice], ".2f")
+        print(f"| {name} | {spread(values, '.0f')} | {of_twice} | {spread(both, '.2f')} |")
+
+
+def ratios(over: list[float], under: list[float]) -> list[float]:
+    """One to one."""
+    return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def spread(values: list[float], digits: str) -> str:
+    """The median, least and most."""
+    middle, least, most = statistics.median(values), min(values), max(values)
+    return f"{middle:{digits}} ({least:{digits}} to {most:{digits}})"
 
 
 if __name__ == "__main__":

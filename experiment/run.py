@@ -106,10 +106,8 @@ class Run:
         Raises:
             RunError: If it cannot be done, also where a solver gives up, or another process.
         """
-        if self.config["threads"] is not None:
-            torch.set_num_threads(
-                validation.count("configuration", "threads", self.config["threads"])
-            )
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
         try:
             self.build("mode")(self._agreed())
         except SamplingError as error:
@@ -167,6 +165,12 @@ class Run:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise RunError(f"seed must be a whole number >= 0 and < 2^63; got seed={seed!r}.")
         return seed
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of the CPU; None: torch decides."""
+        threads = self.config["threads"]
+        return None if threads is None else validation.count("configuration", "threads", threads)
 
     @property
     def fresh(self) -> bool:

@@ -360,6 +360,14 @@ class Run:
         alone = None if self.job is None else ["run.py", *self.overrides]
         return Identity(self.path, self.config, CHANGEABLE, alone)
 
+    def check_config(self) -> None:
+        """Hold this configuration to that of the run that is there, and write nothing.
+
+        Raises:
+            RunError: If the directory belongs to a run with other choices; they are listed.
+        """
+        self.identity.check(begun=bool(list_checkpoints(self.checkpoints)))
+
     def write_config(self) -> None:
         """Keep the configuration, or hold this one to that of the run that is there.
 

@@ -334,6 +334,17 @@ def test_the_same_command_again_says_that_the_run_is_finished(trained):
     assert result.returncode == 0 and "already finished" in result.stdout
 
 
+def test_where_nothing_goes_on_nothing_is_said_to_go_on(trained):
+    folder, _ = trained
+    before = (the_run(folder) / "run.json").read_bytes()
+    other = ["training.steps=4", "training.lr=1e-2", "resume.allow_change=[training.lr]"]
+    result = run("mode=train", *TINY, *other, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (said,) = result.stdout.splitlines()
+    assert said.startswith("already finished: ") and "has 6 iterations" in said
+    assert (the_run(folder) / "run.json").read_bytes() == before
+
+
 def test_other_choices_in_the_same_directory_are_listed_and_refused(trained):
     folder, _ = trained
     refused(

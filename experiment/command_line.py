@@ -55,7 +55,7 @@ def begun(
             paths = str(folder.parent), os.environ.get("PYTHONPATH")
             os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     except errors as error:
-        raise ValueError(explain(str(error), given, known)) from error
+        raise ValueError(explain(str(error), given, known, folder)) from error
     check_added(given, known)
     return sweep
 

@@ -151,4 +151,5 @@ def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
     cond = None if data.cond is None else data.train_cond[:2].to(run.device())
     objective.prepare(model, some, cond)
+    objective.draw(model.sde, some.shape, torch.Generator())  # refuses samples it is not for
     return model, objective

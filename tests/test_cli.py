@@ -632,6 +632,21 @@ def test_a_refused_batch_size_does_not_bar_the_directory_to_the_corrected_comman
     assert run(*TINY, "training.steps=2", cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "choices, words",
+    [
+        (["objective=explicit", "objective.max_dims=63"], ["max_dims=63", "D=64"]),
+        (["speed.accumulate=9"], ["speed.accumulate=9", "the 8 samples"]),
+    ],
+)
+def test_what_does_not_fit_the_data_or_the_batch_is_refused_before_anything_is_written(
+    tmp_path, choices, words
+):
+    result = run(*TINY, *choices, cwd=tmp_path)
+    refused(result, *words)
+    assert not result.stdout and not (tmp_path / "runs").exists()
+
+
 def test_any_seed_trains_samples_and_scores(tmp_path):
     result = run(*TINY, "training.steps=2", "seed=9223372036854775807", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -243,7 +243,7 @@ def _information(run_dir: Path, evaluations: Sequence[Row]) -> str:
     return _figure(
         run_dir / "figures" / "information.png",
         "Information by noise level, averaged over the samples; the dashed line is what telling "
-        "the data from noise took down to there, which grows with every finer noise and is not the "
+        "the data from noise took down to there, which grows with every finer noise and is no "
         f"likelihood. {FINEST[metric]}",
         lambda path: figures.plot_information(clock, information, path, UNITS[metric]),
     )

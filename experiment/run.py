@@ -32,6 +32,7 @@ from experiment.config import (
 )
 from experiment.data import Dataset
 from experiment.errors import LostError, RunError
+from experiment.hints import tell_many_threads
 from experiment.identity import Identity
 from experiment.measured import conditioned, measure
 from experiment.progress import say
@@ -107,6 +108,7 @@ class Run:
             RunError: If it cannot be done, also where a solver gives up, or another process.
         """
         if self.threads is not None:
+            tell_many_threads(self.threads)
             torch.set_num_threads(self.threads)
         try:
             self.build("mode")(self._agreed())

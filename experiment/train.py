@@ -27,6 +27,7 @@ from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Evaluation, evaluate, show
 from experiment.fitted import digest_of
+from experiment.hints import tell_slow_precision
 from experiment.ledger import append_evaluation, evaluated
 from experiment.progress import say
 from experiment.record import Record
@@ -166,6 +167,7 @@ class _Trainer:
             f"{self.settings.steps} iterations on {run.device()}"
         )
         say(size)
+        tell_slow_precision(self.choices.speed.precision, run.device())
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:

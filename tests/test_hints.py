@@ -24,10 +24,13 @@ def test_threads_are_told_of_beyond_the_cores(capsys):
     assert f"threads={cores_here() + 1} on {cores_here()} core" in capsys.readouterr().out
 
 
-def test_each_mode_that_takes_them_says_so_once_and_goes_on(tmp_path):
-    half = ["device=cpu", f"threads={cores_here() + 1}", "training.steps=1"]
-    for more in (["speed.precision=float16"], ["mode=sample", "mode.precision=float16"]):
-        result = run(*TINY, *half, *more, cwd=tmp_path)
+def test_a_run_says_so_once_and_goes_on(tmp_path):
+    many = f"threads={cores_here() + 1}"
+    for threads, *more in (
+        ("threads=1", "speed.precision=float16", "training.steps=1"),
+        (many, "mode=sample", "mode.precision=float16", "mode.num_samples=2"),
+    ):
+        result = run(*TINY, "device=cpu", threads, *more, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        assert result.stdout.count("hint: threads=") == 1
+        assert result.stdout.count("hint: threads=") == (threads == many)
         assert result.stdout.count("hint: precision=float16") == 1

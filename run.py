@@ -35,9 +35,12 @@ def instantiate(node: Mapping[str, Any]) -> Any:  # noqa: ANN401
         raise refusal(node, error.__cause__ or error) from error
 
 
-def compose(overrides: list[str]) -> dict[str, Any]:
-    """The configuration as plain dicts, nothing resolved."""
-    return OmegaConf.to_container(hydra.compose("config", overrides))
+def compose(overrides: list[str], resolve: bool = False) -> dict[str, Any]:
+    """The configuration as plain dicts; ``${...}`` stays unless it is to ``resolve``."""
+    composed = hydra.compose("config", overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)  # what ${hydra:...} stands for
+    own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    return OmegaConf.to_container(own, resolve=resolve)
 
 
 def begun() -> AbstractContextManager[object]:
@@ -48,7 +51,7 @@ def begun() -> AbstractContextManager[object]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         read = partial(parser.parse_overrides, OVERRIDES) if sweeps else None
-        made = command_line.begun(OVERRIDES, CONF, compose, read, errors)
+        made = command_line.begun(OVERRIDES, CONF, compose, instantiate, read, errors)
     GlobalHydra.instance().clear()
     return made
 

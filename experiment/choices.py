@@ -19,7 +19,7 @@ from experiment.training import Training
 from score_models import Objective, ScoreModel
 from score_models.acceleration import PRECISIONS
 from score_models.model_size import ModelSize, describe
-from sde_lib import validation
+from sde_lib import SDE, validation
 from sde_lib.reverse_variance import VARIANCES
 from sde_lib.samplers import Sampler
 
@@ -59,21 +59,14 @@ class Choices:
         Raises:
             RunError: What does not fit, like the errors of the parts themselves.
         """
-        _refuse_trained(run)
-        validation.installed("matplotlib")  # for the pictures: not found missing after an hour
-        likelihood: Likelihood = run.build("likelihood")
-        sampler: Sampler = run.build("sampler")
+        likelihood, sampler, speed, processes = before_data(run, settings)
         data: Dataset = run.build("data")
         _check_data(data, settings, likelihood, run.seed)
         run = run.measured(data)
         augment = augmentation(run, data)
-        speed: Speed = run.build("speed")
-        processes: Processes = run.build("distributed")
-        processes.share(settings.batch_size)  # refuses a batch that is too small
         model, objective = _seeded(run, data)
         speed.check(objective, run.device())
         processes.check(objective)
-        _check_sampler(sampler, model)
         return cls(
             run, settings, likelihood, sampler, data, augment, speed, processes, model, objective
         )
@@ -96,6 +89,23 @@ class Choices:
             speed=self.speed,
             processes=self.processes,
         )
+
+
+def before_data(run: Run, settings: Training) -> tuple[Likelihood, Sampler, Speed, Processes]:
+    """The parts that need no data, checked as far as that goes without.
+
+    Raises:
+        RunError: What does not fit, like the errors of the parts themselves.
+    """
+    _refuse_trained(run)
+    validation.installed("matplotlib")  # for the pictures: not found missing after an hour
+    likelihood: Likelihood = run.build("likelihood")
+    sampler: Sampler = run.build("sampler")
+    _check_sampler(sampler, run.build("sde"))
+    speed: Speed = run.build("speed")
+    processes: Processes = run.build("distributed")
+    speed.parts(processes.share(settings.batch_size))
+    return likelihood, sampler, speed, processes
 
 
 def _refuse_trained(run: Run) -> None:
@@ -123,8 +133,8 @@ def _check_data(data: Dataset, settings: Training, likelihood: Likelihood, seed:
         )
 
 
-def _check_sampler(sampler: Sampler, model: ScoreModel) -> None:
-    sampler.check(model.sde)
+def _check_sampler(sampler: Sampler, sde: SDE) -> None:
+    sampler.check(sde)
     for name in sorted(sampler.wanted):
         raise RunError(
             f"variance={name} is found out about a trained model; train with another sampler, "
@@ -141,4 +151,5 @@ def _seeded(run: Run, data: Dataset) -> tuple[ScoreModel, Objective]:
     some = data.units.encode(data.train[:2], torch.Generator().manual_seed(0)).to(run.device())
     cond = None if data.cond is None else data.train_cond[:2].to(run.device())
     objective.prepare(model, some, cond)
+    objective.draw(model.sde, some.shape, torch.Generator())  # refuses samples it is not for
     return model, objective

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,9 @@ def choose(
     iteration = int(state["iteration"])
     if asked is None:
         return Chosen(Label(), state.get("ema"), iteration)
-    widths = [w for w in training.get("power_ema") or () if Power(w).name in _stored(state)]
     match = POWER.fullmatch(asked) if isinstance(asked, str) else None
     if match is None:
-        return _decay(asked, checkpoint, state, widths)
+        return _decay(asked, checkpoint, state, _widths(state, training))
     width = _width(match[1])
     at = iteration if match[2] is None else int(match[2])
     if not 1 <= at <= iteration:
@@ -82,7 +81,43 @@ def choose(
             f"average={asked} is of an iteration that {checkpoint} has not seen; it is of "
             f"iteration {iteration}."
         )
-    return _power(width, at, Snapshots(widths, sources(checkpoint, state, widths)))
+    return _power(width, at, _snapshots(checkpoint, state, training))
+
+
+def refuse_all(
+    asked: Sequence[float], checkpoint: Path, state: Mapping[str, Any], training: Mapping[str, Any]
+) -> None:
+    """See that one of several widths can be had, from what was kept and without any weights.
+
+    Args:
+        asked: Widths of power averages, one or more.
+        checkpoint: Path of the checkpoint.
+        state: What it holds.
+        training: The configuration of the training, as stored with it.
+
+    Raises:
+        RunError: If there is none, with the reason of the first.
+    """
+    snapshots, reasons = _snapshots(checkpoint, state, training), []
+    for width in asked:
+        try:
+            snapshots.combination(width, int(state["iteration"]))
+        except RunError as error:
+            reasons.append(str(error))
+    if len(reasons) == len(asked):
+        raise RunError(f"no width can be had, the first of them so: {reasons[0]}")
+
+
+def _snapshots(
+    checkpoint: Path, state: Mapping[str, Any], training: Mapping[str, Any]
+) -> Snapshots:
+    widths = _widths(state, training)
+    return Snapshots(widths, sources(checkpoint, state, widths))
+
+
+def _widths(state: Mapping[str, Any], training: Mapping[str, Any]) -> list[float]:
+    """Those of the training that the checkpoint has."""
+    return [w for w in training.get("power_ema") or () if Power(w).name in _stored(state)]
 
 
 def _decay(

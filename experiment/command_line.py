@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 def begun(
     given: Sequence[str],
     folder: Path,
-    compose: Callable[[list[str]], dict[str, Any]],
+    compose: Callable[..., dict[str, Any]],
+    instantiate: Callable[[Mapping[str, Any]], Any],
     read: Callable[[], Sequence[Override]] | None,
     errors: tuple[type[Exception], ...],
 ) -> AbstractContextManager[object]:
@@ -29,7 +30,8 @@ def begun(
     Args:
         given: The overrides of the command line.
         folder: Of the configuration.
-        compose: Overrides to a configuration.
+        compose: Overrides to a configuration; with ``resolve=True`` all of it is put in.
+        instantiate: Builds what a node of it describes.
         read: What ``given`` means, where it is a sweep; None where it is one run.
         errors: What composing and reading may raise.
 
@@ -38,6 +40,7 @@ def begun(
 
     Raises:
         ValueError: If there is no such choice or key, with what was probably meant.
+        RunError: If a job of a sweep would be refused.
     """
     groups = check_choices(given, folder) if read is None else choices(folder)
     valid = [o for o in given if o.partition("=")[2] in groups.get(o.partition("=")[0], ())]
@@ -47,32 +50,36 @@ def begun(
             compose([*given])
             sweep = nullcontext()
         else:
-            sweep = _sweep(compose, folder, read())
+            sweep = _sweep(compose, instantiate, folder, read())
             # jobs in processes that others start have to find this package
             paths = str(folder.parent), os.environ.get("PYTHONPATH")
             os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     except errors as error:
-        raise ValueError(explain(str(error), given, known)) from error
+        raise ValueError(explain(str(error), given, known, folder)) from error
     check_added(given, known)
     return sweep
 
 
 def _sweep(
-    compose: Callable[[list[str]], dict[str, Any]], folder: Path, overrides: Sequence[Override]
+    compose: Callable[..., dict[str, Any]],
+    instantiate: Callable[[Mapping[str, Any]], Any],
+    folder: Path,
+    overrides: Sequence[Override],
 ) -> AbstractContextManager[object]:
+    from experiment.rehearsal import rehearse
     from experiment.shards import world_size
-    from experiment.sweep import Sweep, lines
+    from experiment.sweep import Sweep, jobs, values
 
     if world_size() > 1:
         raise RunError(
             "the processes of torchrun train one model; start a sweep with python alone, or "
             "torchrun for each of its runs."
         )
-    tried = lines(overrides)
-    for line in tried:
-        check_choices(line, folder)
-    composed = [compose(line) for line in tried]
+    check_choices([one for override in overrides for one in values(override)], folder)
+    lines = jobs(overrides)
+    composed = [compose(line, resolve=True) for line in lines]
     sweep = Sweep(Path(composed[0]["run"]["root"]), overrides)
+    rehearse(composed, [sweep.choices(line) for line in lines], instantiate)
     sys.argv += sweep.arguments
     return sweep
 

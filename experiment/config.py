@@ -243,13 +243,14 @@ def read_yaml(text: str) -> Any:  # noqa: ANN401
     return yaml.load(text, Loader)
 
 
-def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str:
+def explain(message: str, overrides: Iterable[str], known: Iterable[str], folder: Path) -> str:
     """A composition error in one line, with the key that was probably meant.
 
     Args:
         message: What the configuration library says.
         overrides: The overrides given.
         known: Keys and groups that exist.
+        folder: Of the configuration, where other choices may have the key.
     """
     absent = re.search(
         r"Could not find '([^']+)/([^'/]*)'\s+Available options in [^:]*:(.*?)Config",
@@ -277,7 +278,9 @@ def explain(message: str, overrides: Iterable[str], known: Iterable[str]) -> str
         for override in overrides:
             key = _key(override)
             if key not in known:
-                return f"unknown key {key!r}; {_meant(key, known)}"
+                group, others = key.split(".")[0], ", ".join(_choices_with(key, folder))
+                elsewhere = f"it goes with {group}={others}; " if others else ""
+                return f"unknown key {key!r}; {elsewhere}{_meant(key, known)}"
     return " ".join(message.split())
 
 
@@ -318,11 +321,29 @@ def _key(override: str) -> str:
 def _meant(key: str, known: Iterable[str]) -> str:
     """The key that was probably meant; else what there is in its group, or the groups."""
     same_kind = [name for name in known if ("." in name) == ("." in key)]
-    close = difflib.get_close_matches(key, same_kind, n=1, cutoff=0.6)
-    group = key.split(".")[0]
-    inside = sorted(n for n in same_kind if n.startswith(f"{group}.") and "._" not in n)
-    if not inside and group in known and "." in key:
+    group, _, tail = key.partition(".")
+    inside = sorted(n for n in same_kind if n.startswith(f"{group}.") and _settable(n))
+    if not inside and group in known and tail:
         return f"with these choices {group} has no keys."
-    if close and (not inside or close[0] in inside):
-        return f"did you mean {close[0]}?"
+    # a group in common does not make two keys alike
+    start = len(group) + 1 if inside else 0
+    near = {name[start:]: name for name in inside or same_kind}
+    close = difflib.get_close_matches(key[start:], near, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {near[close[0]]}?"
     return f"there are: {', '.join(inside or sorted({n.split('.')[0] for n in known}))}."
+
+
+def _settable(name: str) -> bool:
+    """Whether it is neither internal nor one entry of a list."""
+    return "._" not in name and not name.rpartition(".")[2].isdecimal()
+
+
+def _choices_with(key: str, folder: Path) -> list[str]:
+    """The choices of its group that have ``key``."""
+    group, _, tail = key.partition(".")
+    nodes = {
+        path.stem: read_yaml(path.read_text(encoding="utf-8"))
+        for path in sorted((folder / group).glob("*.yaml"))
+    }
+    return [name for name, node in nodes.items() if tail in dict(walk(node))]

@@ -150,8 +150,10 @@ def plot_information(
         axes.invert_xaxis()
         total = axes.twinx()
         total.grid(False)
-        total.plot(ratio, told.tolist(), color=ORANGE, lw=1.5, ls="--", label="told by then")
-        total.set_ylabel(unit)
+        label = "sum from the left"
+        total.plot(ratio, told.tolist(), color=ORANGE, lw=1.5, ls="--", label=label)
+        # it grows without limit as the noise gets finer: a reader took its end for the likelihood
+        total.set_ylabel(f"{label}, {unit}\n(not the likelihood)", color=ORANGE)
         total.spines["right"].set_visible(True)
         lines = [*axes.get_lines(), *total.get_lines()]
         axes.legend(lines, [line.get_label() for line in lines], loc="upper left")

@@ -38,6 +38,16 @@ class Identity:
     changeable: Sequence[str] = ()
     command: Sequence[str] | None = None
 
+    def check(self, *, begun: bool) -> None:
+        """Of a run that has ``begun``, hold the configuration to that of the run.
+
+        Raises:
+            RunError: If the directory belongs to a run with other choices; they are listed.
+        """
+        stored = self._stored(begun)
+        if stored is not None:
+            self._refuse_changes(stored)
+
     def write(self, *, begun: bool) -> None:
         """Write both; of a run that has ``begun``, hold the configuration to that of the run.
 
@@ -47,7 +57,7 @@ class Identity:
         Raises:
             RunError: If the directory belongs to a run with other choices; they are listed.
         """
-        stored = read_config(self._config_path, self.folder / "checkpoints") if begun else None
+        stored = self._stored(begun)
         if stored is not None:
             self._go_on_with(stored)
             return
@@ -70,6 +80,9 @@ class Identity:
         stored = read_config(self._config_path, self.folder / "checkpoints")
         if state != "failed" and differences(stored or {}, self.config, self.changeable):
             write_config(self._config_path, self.config)
+
+    def _stored(self, begun: bool) -> dict[str, Any] | None:
+        return read_config(self._config_path, self.folder / "checkpoints") if begun else None
 
     def _go_on_with(self, stored: Mapping[str, Any]) -> None:
         self._refuse_changes(stored)

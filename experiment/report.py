@@ -245,7 +245,8 @@ def _information(run_dir: Path, evaluations: Sequence[Row]) -> str:
     return _figure(
         run_dir / "figures" / "information.png",
         "Information by noise level, averaged over the samples; the dashed line is what telling "
-        f"the data from noise took down to there. {FINEST[metric]}",
+        "the data from noise took down to there, which grows with every finer noise and is no "
+        f"likelihood. {FINEST[metric]}",
         lambda path: figures.plot_information(clock, information, path, UNITS[metric]),
     )
 

@@ -33,6 +33,7 @@ from experiment.config import (
 )
 from experiment.data import Dataset
 from experiment.errors import LostError, RunError
+from experiment.hints import tell_many_threads
 from experiment.identity import Identity
 from experiment.measured import conditioned, measure
 from experiment.progress import say
@@ -107,10 +108,9 @@ class Run:
         Raises:
             RunError: If it cannot be done, also where a solver gives up, or another process.
         """
-        if self.config["threads"] is not None:
-            torch.set_num_threads(
-                validation.count("configuration", "threads", self.config["threads"])
-            )
+        if self.threads is not None:
+            tell_many_threads(self.threads)
+            torch.set_num_threads(self.threads)
         try:
             self.build("mode")(self._agreed())
         except SamplingError as error:
@@ -168,6 +168,12 @@ class Run:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise RunError(f"seed must be a whole number >= 0 and < 2^63; got seed={seed!r}.")
         return seed
+
+    @property
+    def threads(self) -> int | None:
+        """Threads of the CPU; None: torch decides."""
+        threads = self.config["threads"]
+        return None if threads is None else validation.count("configuration", "threads", threads)
 
     @property
     def fresh(self) -> bool:
@@ -372,6 +378,14 @@ class Run:
         """Its configuration and who ran it, as kept in its directory."""
         alone = None if self.job is None else ["run.py", *self.overrides]
         return Identity(self.path, self.config, CHANGEABLE, alone)
+
+    def check_config(self) -> None:
+        """Hold this configuration to that of the run that is there, and write nothing.
+
+        Raises:
+            RunError: If the directory belongs to a run with other choices; they are listed.
+        """
+        self.identity.check(begun=bool(list_checkpoints(self.checkpoints)))
 
     def write_config(self) -> None:
         """Keep the configuration, or hold this one to that of the run that is there.

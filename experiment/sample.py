@@ -21,6 +21,7 @@ from experiment.config import choices
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.fitted import fitted
+from experiment.hints import tell_slow_precision
 from experiment.measured import as_trained
 from experiment.plane import draw_plane
 from experiment.progress import progress, say
@@ -89,6 +90,7 @@ def sample(
             "mode.cuda_graph=true holds one condition for all samples, and these are asked for "
             f"{conditions}. Ask for one, such as mode.cond=0, or leave out cuda_graph."
         )
+    tell_slow_precision(precision, run.device())
     quick = faster(model, precision=precision, compile=compile)
     like = torch.zeros(1, *data.shape, device=run.device())
     where = {"checkpoint": path, "folder": run.fitted, "objective": run.average.objective}

@@ -54,6 +54,19 @@ class Speed:
             ahead = validation.count("speed", "ahead", self.ahead, at_least=0)
             object.__setattr__(self, "ahead", ahead)
 
+    def parts(self, rows: range) -> int:
+        """The parts that the ``rows`` of a process are worked through in.
+
+        Raises:
+            RunError: If some would be empty.
+        """
+        if self.accumulate > len(rows):
+            raise RunError(
+                f"speed.accumulate={self.accumulate} is more than the {len(rows)} samples of a "
+                "batch that a process works on; make it smaller."
+            )
+        return self.accumulate
+
     def check(self, objective: Objective, device: torch.device) -> None:
         """Refuse what could only fail in the first iteration.
 

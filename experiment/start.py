@@ -10,6 +10,7 @@ from pathlib import Path
 
 from experiment.errors import one_line
 
+SWEEP = ("-m", "--multirun")
 HEADER = "score-sde: train score models, sample from them, exact likelihoods with error bars."
 FOOTER = """\
 Examples
@@ -25,8 +26,9 @@ Completion  eval "$(python run.py -sc install=bash)"
 
 
 def before_the_slow_imports(folder: Path) -> None:
-    """Answer ``--help`` at once; on a busy machine let idle threads sleep.
+    """Answer ``--help`` at once, take ``-m`` anywhere; on a busy machine let idle threads sleep.
 
+    A parser of arguments that has seen choices takes no more of them behind an option.
     Spinning threads wait for a busy neighbour at several times the cost; on an idle machine it is
     the sleeping ones that cost more.
     """
@@ -35,6 +37,7 @@ def before_the_slow_imports(folder: Path) -> None:
             print(help_text(folder), flush=True)
             sys.exit()
         os._exit(0)  # the interpreter would try to flush once more
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in SWEEP)
     for package in ("hydra", "torch"):
         if importlib.util.find_spec(package) is None:
             sys.exit(f"error: {one_line(ModuleNotFoundError(name=package))}")

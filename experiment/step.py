@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from experiment.batches import Batch
-from experiment.errors import RunError
 from experiment.progress import say
 from experiment.seeds import hashed
 from experiment.state import State
@@ -39,12 +38,7 @@ class Step:
     def __init__(self, state: State, settings: Settings, seed: int) -> None:
         self.state, self.settings, self.seed = state, settings, seed
         self.rows = state.processes.share(settings.batch_size)
-        self.parts = state.speed.accumulate
-        if self.parts > len(self.rows):
-            raise RunError(
-                f"speed.accumulate={self.parts} is more than the {len(self.rows)} samples of a "
-                "batch that a process works on; make it smaller."
-            )
+        self.parts = state.speed.parts(self.rows)
         self.observes = type(state.objective).observe is not Objective.observe
 
     def __call__(self, batch: Batch, iteration: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,5 +80,15 @@ class Stopping:
         """What asked for the stop, for the message."""
         return signal.Signals(self.signal).name if self.signal else "the time limit"
 
+    @property
+    def farewell(self) -> str:
+        """What to say after :class:`SystemExit`; a handler may not print."""
+        if self.saved:
+            return f"stopped by {self.reason} during the evaluation; the same command evaluates."
+        return (
+            f"left at once by {self.reason}, the second signal; the same command goes on from the "
+            "newest checkpoint."
+        )
+
     def _over(self) -> bool:
         return self.deadline is not None and time.monotonic() >= self.deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,14 +37,18 @@ class Override(Protocol):
     def sweep_string_iterator(self) -> Iterator[str]: ...
 
 
-def lines(overrides: Sequence[Override]) -> list[list[str]]:
-    """Command lines of single runs in which every value of every swept choice comes up."""
-    values = [_values(o) for o in overrides]
-    longest = max(map(len, values), default=1)
-    return [[v[min(i, len(v) - 1)] for v in values] for i in range(longest)]
+def jobs(overrides: Sequence[Override]) -> list[list[str]]:
+    """The command line of each job, in their order; of two choices of a key the last counts."""
+    last = {override.get_key_element(): values(override) for override in overrides}
+    return [[*job] for job in itertools.product(*last.values())]
 
 
-def _values(override: Override) -> list[str]:
+def values(override: Override) -> list[str]:
+    """An override for each value that it goes through; itself if it is no sweep.
+
+    Raises:
+        RunError: If these cannot be listed.
+    """
     if not override.is_sweep_override():
         return [override.input_line]
     key = override.get_key_element()
@@ -96,7 +101,7 @@ class Job:
         """
         pairs = (override.lstrip("+").partition("=")[::2] for override in self.overrides)
         swept = {key: value for key, value in pairs if key not in self.constant}
-        training = _mode(config) == "train"
+        training = mode_of(config) == "train"
         out = ("mode", "run.name") if training else ("run.name", *WORK)
         chosen = {
             key: value
@@ -110,13 +115,13 @@ class Job:
         self, action: Callable[[], None], config: Mapping[str, Any], directory: Path
     ) -> None:
         """Do it; however it ends, the other jobs have their turn, but for a signal to stop."""
-        choices = " ".join(o for o in self.overrides if o.partition("=")[0] not in self.constant)
+        choices = differing(self.overrides, self.constant)
         say(f"job {self.number}: {choices} -> {directory}")
         note = {"number": self.number, "choices": choices, "directory": str(directory)}
         # what stands if nothing of this process is left to say otherwise
         self._keep(note | {"result": "died", "good": False})
         ended = self._ended(action, note)
-        if ended["good"] and _mode(config) in ("train", "likelihood"):
+        if ended["good"] and mode_of(config) in ("train", "likelihood"):
             ended["result"] = newest(directory) or ended["result"]
         self._keep(note | ended)
 
@@ -141,7 +146,13 @@ class Job:
         write_atomically(self.folder / f"job-{self.number:04d}.json", content)
 
 
-def _mode(config: Mapping[str, Any]) -> str:
+def differing(overrides: Sequence[str], constant: Collection[str]) -> str:
+    """The choices of a job without those that all jobs have."""
+    return " ".join(o for o in overrides if o.partition("=")[0].lstrip("+~") not in constant)
+
+
+def mode_of(config: Mapping[str, Any]) -> str:
+    """The function that is the mode."""
     return str(config["mode"].get("_target_")).rpartition(".")[2]
 
 
@@ -162,6 +173,10 @@ class Sweep:
         self.constant = [key for key, several in swept.items() if not several]
         if swept.get("run.root"):
             raise RunError("run.root is one place for a whole sweep; sweep over run.name instead.")
+
+    def choices(self, job: Sequence[str]) -> str:
+        """What tells a job from the others."""
+        return differing(job, self.constant)
 
     @property
     def arguments(self) -> list[str]:

@@ -27,6 +27,7 @@ from experiment.errors import RunError
 from experiment.estimators import estimate, show_estimates
 from experiment.evaluation import Evaluation, evaluate, show
 from experiment.fitted import digest_of
+from experiment.hints import tell_slow_precision
 from experiment.ledger import append_evaluation, evaluated
 from experiment.progress import say
 from experiment.record import Record
@@ -69,25 +70,28 @@ def train(run: Run, *, quick_samples: int = 64, requeue_code: int = REQUEUE) -> 
     with ExitStack() as held:
         in_first(lambda: _own(run, held))
         state = choices.state()
-        resumed = _resume(run, state, settings)
+        planned = _resume(run, state, settings)
         whole = choices.likelihood.count(choices.data)
         scored = in_first(lambda: evaluated(run.path, state.iteration, whole))
-        if from_first(resumed and state.iteration >= settings.steps and scored):
+        if from_first(planned is not None and state.iteration >= settings.steps and scored):
             say(
                 f"already finished: {run.path} has {state.iteration} iterations. "
-                "`mode=likelihood` and `mode=sample` use it; training.steps=N goes on; "
-                "run.fresh=true starts over."
+                "`mode=likelihood` and `mode=sample` use it; training.steps=N, larger than that, "
+                "goes on; run.fresh=true starts over."
             )
             return
+        in_first(run.write_config)
+        if planned is not None:
+            _tell_schedule(state.iteration, settings, planned)
         _Trainer(choices, tracker, quick_samples).go(state, stopping, str(size))
 
 
 def _own(run: Run, held: ExitStack) -> None:
-    """Take the directory of ``run`` while ``held`` lasts, and write what is being trained."""
+    """Take the directory of ``run`` while ``held`` lasts, if it may go on there."""
     if run.fresh:
         run.set_aside()
     held.enter_context(run.owned())
-    run.write_config()
+    run.check_config()
 
 
 def _newest(run: Run) -> tuple[Path, dict[str, Any]] | None:
@@ -109,25 +113,33 @@ def _newest(run: Run) -> tuple[Path, dict[str, Any]] | None:
     return path, load_checkpoint(path)
 
 
-def _resume(run: Run, state: State, settings: Training) -> bool:
-    """Load the newest whole checkpoint into ``state``; False if there is none."""
+def _resume(run: Run, state: State, settings: Training) -> int | None:
+    """Load the newest whole checkpoint into ``state``.
+
+    Returns:
+        For how many iterations it was trained; None if there is none.
+    """
     newest = _newest(run)
     if newest is None:
-        return False
+        return None
     path, stored = newest
     check_weights(state.model, stored.get("ema"), path)  # names every difference
     with restoring(path):
         state.load(stored)
-    say(f"going on from {path}, iteration {state.iteration}")
-    planned = stored_config(path, stored).get("training", {}).get("steps", settings.steps)
-    if settings.decay and planned != settings.steps:
-        before = replace(settings, steps=int(planned)).lr_at(max(0, state.iteration - 1))
-        now = settings.lr_at(state.iteration)
-        say(
-            f"the schedule is now laid over {settings.steps} iterations and not over {planned}: "
-            f"the learning rate was {before:.3g} and goes on at {now:.3g}"
-        )
-    return True
+    if state.iteration < settings.steps:
+        say(f"going on from {path}, iteration {state.iteration}")
+    return int(stored_config(path, stored).get("training", {}).get("steps", settings.steps))
+
+
+def _tell_schedule(iteration: int, settings: Training, planned: int) -> None:
+    """Say what another number of iterations does to the learning rate of those to come."""
+    if not settings.decay or planned == settings.steps or iteration >= settings.steps:
+        return
+    before = replace(settings, steps=planned).lr_at(max(0, iteration - 1))
+    say(
+        f"the schedule is now laid over {settings.steps} iterations and not over {planned}: "
+        f"the learning rate was {before:.3g} and goes on at {settings.lr_at(iteration):.3g}"
+    )
 
 
 class _Trainer:
@@ -156,6 +168,7 @@ class _Trainer:
         )
         say(size)
         run.warn()
+        tell_slow_precision(self.choices.speed.precision, run.device())
         self.tracker.start(run.path, run.config, name)
         exit_code = 1
         try:
@@ -168,8 +181,10 @@ class _Trainer:
                     self.evaluate(state)
                     exit_code = 0
             self.became("finished" if done else "stopped")
-        except BaseException:
+        except BaseException as error:
             self.became("failed" if state.iteration < self.settings.steps else "not evaluated")
+            if isinstance(error, SystemExit):
+                say(stopping.farewell)
             raise
         finally:
             report = renew_report(run.path) if self.first else ""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from experiment.averages import Power
-from experiment.checkpoint import CheckpointError, write_atomically
+from experiment.checkpoint import CheckpointError, load_checkpoint, write_atomically
+from experiment.chosen import refuse_all
 from experiment.data import Dataset
 from experiment.errors import RunError
 from experiment.evaluation import Evaluation, evaluate
@@ -55,6 +56,7 @@ def averages(run: Run, *, widths: Sequence[float], max_samples: int = 256) -> No
     settings: Likelihood = run.build("likelihood").quick(asked.max_samples)
     tracker = Safe(run.build("tracking"))
     home, model, path, iteration = run.trained()
+    refuse_all(asked.widths, path, load_checkpoint(path), home.config["training"])
     data = as_trained(data, home.config)
     settings.check(data, on_centres=not home.config["training"].get("dequantize", True))
     scan = _Scan(run, path, data, settings, model)
@@ -118,10 +120,7 @@ class _Scan:
         for width in progress(asked.widths, "averages"):
             rows.append(self._row(width, first))
             say(_line(rows[-1]))
-        scored = [row for row in rows if "failed" not in row]
-        if not scored:
-            raise RunError(f"no width can be had, the first of them so: {rows[0]['failed']}")
-        best = min(scored, key=lambda row: row["value"])
+        best = min((row for row in rows if "failed" not in row), key=lambda row: row["value"])
         say(f"lowest: average=power:{best['width']:g}, chosen on these samples")
         whole = {"value": first.value, "standard_error": first.standard_error}
         about = {"metric": first.metric, "num_samples": first.num_samples, "how": first.how}

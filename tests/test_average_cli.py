@@ -11,6 +11,8 @@ import torch
 from test_cli import refused, run
 
 from experiment.checkpoint import list_checkpoints
+from experiment.chosen import refuse_all
+from experiment.errors import RunError
 from experiment.exhibits import drawn_by
 
 DATA = ["data=arrays", "data.path=gaussian.npy", "network=mlp", "likelihood=exact"]
@@ -106,7 +108,6 @@ def test_the_likelihood_by_width_is_a_table_a_record_and_a_figure(trained):
     [
         (["mode=likelihood", "average=0.7"], ["0.95, 0.5, power:0.05, power:0.1, and"]),
         (["mode=sample", "average=power:0.005"], ["cannot be put together", "widths 0.04 to"]),
-        (["mode=averages", "mode.widths=[0.001]"], ["no width can be had", "power:0.001"]),
         (["mode=averages", "mode.widths=[0.5]"], ["each of widths", "<= 0.28"]),
         (["mode=averages", "mode.widths=0.1"], ["list of widths", "mode.widths=[0.05,0.1]"]),
         (["mode=averages", "average=0.5"], ["mode.widths", "average=0.5"]),
@@ -114,6 +115,19 @@ def test_the_likelihood_by_width_is_a_table_a_record_and_a_figure(trained):
 )
 def test_what_cannot_be_is_said_in_one_line(trained, arguments, words):
     refused(run(*arguments, *CHOICES, cwd=trained), *words)
+
+
+def test_where_no_width_can_be_had_nothing_is_scored(trained):
+    result = run("mode=averages", "mode.widths=[0.001,0.002]", *CHOICES, cwd=trained)
+    refused(result, "no width can be had, the first of them so: average=power:0.001")
+    assert "test samples" not in result.stdout and "failed" not in result.stdout
+
+
+def test_a_run_without_power_averages_is_told_once_how_to_have_them(tmp_path):
+    state = {"iteration": 3, "averages": {}}
+    with pytest.raises(RunError) as caught:
+        refuse_all([0.05, 0.1], tmp_path / "checkpoints" / "step-00000003.pt", state, {})
+    assert str(caught.value).count("this run kept none; train with training.power_ema=") == 1
 
 
 def test_training_takes_no_average_and_snapshots_need_some(trained):

@@ -334,6 +334,17 @@ def test_the_same_command_again_says_that_the_run_is_finished(trained):
     assert result.returncode == 0 and "already finished" in result.stdout
 
 
+def test_where_nothing_goes_on_nothing_is_said_to_go_on(trained):
+    folder, _ = trained
+    before = (the_run(folder) / "run.json").read_bytes()
+    other = ["training.steps=4", "training.lr=1e-2", "resume.allow_change=[training.lr]"]
+    result = run("mode=train", *TINY, *other, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    (said,) = result.stdout.splitlines()
+    assert said.startswith("already finished: ") and "has 6 iterations" in said
+    assert (the_run(folder) / "run.json").read_bytes() == before
+
+
 def test_other_choices_in_the_same_directory_are_listed_and_refused(trained):
     folder, _ = trained
     refused(
@@ -619,6 +630,21 @@ def test_a_checkpoint_of_other_data_is_refused(trained, tmp_path):
 def test_a_refused_batch_size_does_not_bar_the_directory_to_the_corrected_command(tmp_path):
     refused(run(*TINY, "training.batch_size=5000", cwd=tmp_path), "batch_size=5000", "1437")
     assert run(*TINY, "training.steps=2", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "choices, words",
+    [
+        (["objective=explicit", "objective.max_dims=63"], ["max_dims=63", "D=64"]),
+        (["speed.accumulate=9"], ["speed.accumulate=9", "the 8 samples"]),
+    ],
+)
+def test_what_does_not_fit_the_data_or_the_batch_is_refused_before_anything_is_written(
+    tmp_path, choices, words
+):
+    result = run(*TINY, *choices, cwd=tmp_path)
+    refused(result, *words)
+    assert not result.stdout and not (tmp_path / "runs").exists()
 
 
 def test_any_seed_trains_samples_and_scores(tmp_path):

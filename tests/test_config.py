@@ -195,7 +195,7 @@ def test_choices_that_there_are_pass():
 def test_a_group_chosen_twice_is_told_in_one_line(known):
     with pytest.raises(Exception) as caught:  # noqa: B017
         compose("+sde=ve")
-    told = explain(str(caught.value), ["+sde=ve"], known)
+    told = explain(str(caught.value), ["+sde=ve"], known, CONF)
     assert told == "sde is chosen already; write sde=CHOICE without a + before it."
 
 
@@ -229,6 +229,12 @@ def known() -> list[str]:
         ("trian.lr=1", ["unknown key 'trian.lr'", "did you mean training.lr?"]),
         ("training.stesp=1", ["unknown key 'training.stesp'", "did you mean training.steps?"]),
         ("training.zzzzzzzzzzzz=1", ["there are:", "training.batch_size, training."]),
+        ("training.latex=1", ["unknown key 'training.latex'; there are: training.batch_size"]),
+        ("sampler.steps.a=1", ["unknown key 'sampler.steps.a'; did you mean sampler.steps?"]),
+        (
+            "network.patch=2",
+            ["unknown key 'network.patch'; it goes with network=dit; there are: network."],
+        ),
         ("qqqq=1", ["unknown key 'qqqq'", "there are:", "sampler, sde, seed"]),
         ("training.lr", ["training.lr", "write key=value"]),
         ("mode =train", ["mode =train", "without spaces around the ="]),
@@ -237,7 +243,7 @@ def known() -> list[str]:
 def test_a_composition_error_is_told_in_one_line_with_the_remedy(known, override, words):
     with pytest.raises(Exception) as caught:  # noqa: B017 -- three types of the library's
         compose(override)
-    told = explain(str(caught.value), [override], known)
+    told = explain(str(caught.value), [override], known, CONF)
     assert "\n" not in told and "+trian" not in told
     for word in words:
         assert word in told
@@ -247,18 +253,29 @@ def test_the_key_that_is_told_is_the_wrong_one_of_several(known):
     overrides = ["sde=ve", "training.lr=1", "training.stesp=1"]
     with pytest.raises(Exception) as caught:  # noqa: B017
         compose(*overrides)
-    assert "'training.stesp'" in explain(str(caught.value), overrides, known)
+    assert "'training.stesp'" in explain(str(caught.value), overrides, known, CONF)
 
 
 def test_a_group_without_keys_does_not_list_what_is_internal(known):
-    message = "Key 'probability' is not in struct"
-    assert explain(message, ["augment.probability=1"], known) == (
-        "unknown key 'augment.probability'; with these choices augment has no keys."
+    message = "Key 'zzz' is not in struct"
+    assert explain(message, ["augment.zzz=1"], known, CONF) == (
+        "unknown key 'augment.zzz'; with these choices augment has no keys."
     )
 
 
+def test_a_key_that_other_choices_have_is_told_with_these(known):
+    known = [key for key in known if not key.startswith("tracking.")]
+    for message in ("Key 'dashboard' is not in struct", "Could not override 'tracking.dashboard'"):
+        assert explain(message, ["tracking.dashboard=true"], known, CONF) == (
+            "unknown key 'tracking.dashboard'; it goes with tracking=auto, wandb; "
+            "with these choices tracking has no keys."
+        )
+
+
 def test_a_message_that_is_not_known_is_passed_on_in_one_line():
-    assert explain("something\n  else\thappened", ["a=1"], ["a"]) == "something else happened"
+    assert (
+        explain("something\n  else\thappened", ["a=1"], ["a"], CONF) == "something else happened"
+    )
 
 
 def test_a_typo_behind_a_plus_is_caught_and_a_new_key_is_not(known):

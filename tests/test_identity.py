@@ -91,8 +91,10 @@ def test_allowed_changes_are_said_noted_and_from_then_on_the_runs_own(tmp_path, 
     run = begun(tmp_path)
     wanted = {**run.config, "training": {"steps": 10, "lr": 0.2}}
     with pytest.raises(RunError, match=r'go on with the new values by "resume.allow_change=\[tr'):
-        replace(run, config=wanted).write_config()
+        replace(run, config=wanted).check_config()
     changed = replace(run, config=wanted | {"resume": {"allow_change": ["training.lr"]}})
+    changed.check_config()
+    assert not capsys.readouterr().out
     changed.write_config()
     assert "going on with other choices: training.lr: 0.1 -> 0.2" in capsys.readouterr().out
     run.write_config()  # nothing was trained with it yet: the run is what it was

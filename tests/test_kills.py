@@ -167,6 +167,19 @@ def test_signals_within_a_save_end_the_run_behind_it_each_with_its_code(place, s
     assert newest_digest(place) == straight
 
 
+def test_a_signal_in_the_final_evaluation_says_what_is_left_to_do(place, straight):
+    asking = AT.format(function="replace", suffix="likelihood.json", count=1, number="SIGUSR1")
+    result = trained(place, before=asking)
+    assert result.returncode == 138, result.stdout + result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert last == "stopped by SIGUSR1 during the evaluation; the same command evaluates."
+    assert json.loads((the_run(place) / "run.json").read_text())["state"] == "not evaluated"
+    again = trained(place)
+    assert again.returncode == 0 and "going on from" not in again.stdout
+    assert newest_digest(place) == straight
+    assert (the_run(place) / "likelihood.json").is_file()
+
+
 def test_a_second_ctrl_c_stops_at_once(place):
     # the first comes within a save; the second before the next iteration is done
     twice = AT.format(function="replace", suffix=".sha256", count=1, number="SIGINT")
@@ -178,6 +191,7 @@ def test_a_second_ctrl_c_stops_at_once(place):
     result = trained(place, before=twice)
     assert result.returncode == 130, result.stdout + result.stderr
     assert "goes on from there" not in result.stdout, "it did not wait for the save"
+    assert "left at once by SIGINT, the second signal" in result.stdout
     assert not list_checkpoints(the_run(place) / "checkpoints")
 
 

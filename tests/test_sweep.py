@@ -8,13 +8,17 @@ from importlib.util import find_spec
 from itertools import product
 from types import SimpleNamespace
 
+import hydra
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from test_cli import TINY, refused, run
 
+import run as entry
 from experiment import last_words
 from experiment.errors import LostError, RunError
-from experiment.sweep import LONGEST, Job, Sweep, lines, suffix, table
+from experiment.rehearsal import rehearse
+from experiment.sweep import LONGEST, Job, Sweep, jobs, suffix, table
 
 TEMPLATE = "${hydra:runtime.choices.data}-${hydra:runtime.choices.sde}"
 
@@ -37,17 +41,16 @@ def named(*overrides, constant=(), checkpoint=None, mode="experiment.train.train
     return job.name("digits-vp", TEMPLATE, config)
 
 
-def test_lines_of_single_runs_try_every_value_of_a_sweep():
-    tried = lines(parsed("sde=vp,ve,edm", "training.lr=1e-3,3e-3", "mode=train", "seed=range(2)"))
-    assert {line[0] for line in tried} == {"sde=vp", "sde=ve", "sde=edm"}
-    assert {line[1] for line in tried} == {"training.lr=0.001", "training.lr=0.003"}
-    assert {line[2] for line in tried} == {"mode=train"}
-    assert {line[3] for line in tried} == {"seed=0", "seed=1"}
+def test_jobs_are_all_combinations_in_the_order_in_which_hydra_numbers_them():
+    given = ["seed=3,4", "sde=vp,ve,edm", "training.lr=1e-3,3e-3", "mode=train", "seed=range(2)"]
+    asked = parsed(*given)
+    (batch,) = BasicSweeper.split_arguments(asked, max_batch_size=None)
+    assert jobs(asked) == batch and len(batch) == 12
 
 
 def test_an_interval_is_no_list_of_values():
     with pytest.raises(RunError, match="write training.lr=A,B,C"):
-        lines(parsed("training.lr=interval(0,1)"))
+        jobs(parsed("training.lr=interval(0,1)"))
 
 
 def test_a_name_tells_what_is_swept_and_is_not_told_already():
@@ -127,17 +130,52 @@ def test_a_signal_stops_the_sweep_and_a_job_that_died_is_told(tmp_path):
 
 
 def test_a_sweep_from_the_command_line(tmp_path):
-    asked = ["-m", "mode=train", *TINY, "training.steps=1", "training.clip=-1,1"]
+    asked = ["mode=train", *TINY, "training.steps=1", "-m", "training.batch_size=8000,8"]
     result = run(*asked, cwd=tmp_path)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     runs = {path.name for path in (tmp_path / "runs").iterdir()}
-    name = "digits-vp-unet-clip_1"
+    name = "digits-vp-unet-batch_size_8"
     assert runs == {name, "sweeps"}, "a job that is refused leaves nothing and stops no other"
     command = json.loads((tmp_path / "runs" / name / "run.json").read_text())["command"]
     assert command.startswith("python run.py mode=train") and f"run.name={name}" in command
     report = result.stdout.splitlines()[-3:]
     assert report[0].split() == ["job", "result", "directory", "choices"]
-    assert "failed: training needs clip" in report[1] and "bits/dim" in report[2]
+    assert "failed: training.batch_size=8000" in report[1] and "bits/dim" in report[2]
+
+
+def test_what_any_job_would_be_refused_for_without_data_is_told_before_the_first(tmp_path):
+    swept = ["training.clip=1,-1", "seed=0,1", "speed.accumulate=1,9"]
+    result = run("mode=train", *TINY, "--multirun", *swept, cwd=tmp_path)
+    refused(result, "6 of 8 jobs cannot begin")
+    first, second = result.stderr.splitlines()[:2]
+    assert first.startswith("job 1: training.clip=1 seed=0 speed.accumulate=9 (and 1 more): ")
+    assert "speed.accumulate=9 is more than the 8 samples" in first
+    assert second.startswith("job 4: training.clip=-1 seed=0 speed.accumulate=1 (and 3 more): ")
+    assert "training needs clip" in second
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "key, value, told",
+    [
+        ("seed", -1, "seed must be a whole number"),
+        ("threads", 0, "threads"),
+        ("checkpoint", "a.pt", "for mode=likelihood and mode=sample"),
+        ("sampler", {"_target_": "sde_lib.samplers.DDIM", "steps": 0}, "steps"),
+        ("objective", {"_target_": "score_models.UniformTimes", "zzz": 0}, "zzz"),
+        ("augment", {"_target_": "experiment.augment.HorizontalFlip", "probability": 2}, "prob"),
+        ("tracking", {"_target_": "experiment.trackers.WandbTracker", "mode": "x"}, "mode"),
+    ],
+)
+def test_the_rehearsal_of_a_job_makes_every_part_that_needs_no_data(key, value, told, capsys):
+    with hydra.initialize_config_dir(str(entry.CONF), version_base="1.3"):
+        config = entry.compose(["mode=train", "tracking=none"], resolve=True)
+    config["data"] = {"_target_": "experiment.data.digits", "no_such_argument": 1}
+    rehearse([config], ["all"], entry.instantiate)
+    with pytest.raises(RunError, match="1 of 2 jobs cannot begin"):
+        rehearse([config, config | {key: value}], ["first", "second"], entry.instantiate)
+    said = capsys.readouterr().err
+    assert said.startswith("job 1: second: ") and told in said
 
 
 def test_a_typo_in_any_value_of_a_sweep_is_told_before_the_first_job(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from torch.testing import assert_close
 
 from experiment.data import Dataset, checkerboard, eight_gaussians
 from experiment.diagnosis.floor import known_floor, without_gaps
-from experiment.diagnosis.levels import Curve, Wanted, gaussian_curve, levels_for, simple_curve
+from experiment.diagnosis.levels import (
+    Curve,
+    LinearErrors,
+    Wanted,
+    gaussian_curve,
+    levels_for,
+    simple_curve,
+)
 from experiment.diagnosis.model import (
     GROUPS,
     Errors,
@@ -20,6 +28,7 @@ from experiment.diagnosis.model import (
     noise_errors,
     own_levels,
 )
+from experiment.diagnosis.spectrum import Spectrum
 from score_models import (
     EDM,
     DenoisingScoreMatching,
@@ -120,13 +129,67 @@ def test_where_edges_are_finer_than_the_grid_the_floor_is_not_known_but_goes_to_
     assert bool(smooth.isfinite().all())
 
 
+def simple(train: Tensor, queries: Tensor, clock: Tensor) -> Curve:
+    return simple_curve(Spectrum.of(train), clock, train[:1000], queries, generator(1))
+
+
+def linear(spectrum: Spectrum, clock: Tensor) -> Tensor:
+    return gaussian_curve(spectrum.variances, clock, spectrum.shares).error
+
+
 def test_no_kernel_is_taken_for_better_than_the_best_denoiser_of_a_gaussian() -> None:
     x = torch.randn(1256, 6, generator=generator(), dtype=torch.float64)
-    gaussian = gaussian_curve(torch.ones(6).double(), CLOCK)
-    found = simple_curve(gaussian, torch.zeros(6).double(), x[:1000], x[1000:], generator(1))
+    found, known = simple(x[:1000], x[1000:], CLOCK).error, linear(Spectrum.of(x[:1000]), CLOCK)
     # by chance a level may pass two standard errors; its gain is then a small one
-    assert float((gaussian.error - found.error).max()) < 0.02
-    assert float((gaussian.error == found.error).double().mean()) > 0.8
+    assert float((known - found).max()) < 0.02
+    assert float((known == found).double().mean()) > 0.8
+
+
+@pytest.mark.parametrize("n, dims", [(40, 300), (200, 300), (200, 60)])
+def test_the_error_of_a_gaussian_is_never_below_its_exact_one_whatever_the_samples(n, dims):
+    stds = torch.logspace(-2, 0, dims, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(dims, dims, generator=generator(2)).double()).Q
+    x = stds * torch.randn(n + 128, dims, generator=generator(), dtype=torch.float64) @ turn
+    spectrum, found = Spectrum.of(x[:n]), simple(x[:n], x[n:], CLOCK).error
+    exact = gaussian_curve(stds**2, CLOCK).error
+    # a variance of n/2 samples is good to sqrt(4/n), v/(v + r) moves by a quarter of that at
+    # most and bends by 4/n at most; two standard errors of 64 samples are what the kernel may win
+    each = math.sqrt(4 / n) / 4
+    spread = each * float(stds.square().square().sum().sqrt() / stds.square().sum())
+    off = 5 * spread + 4 / n + 5 * math.sqrt(2 / 64 / dims)
+    assert bool((found > exact - off).all())
+    assert 0.98 < float(found[0]) <= 1 and float(found[-1]) < 1e-3
+    even = gaussian_curve(stds.square().mean()[None], CLOCK).error
+    assert bool((linear(spectrum, CLOCK) < even + 5 * spread).all()), "worse than one variance"
+
+
+def test_independent_pixels_hide_small_noise_whatever_the_samples() -> None:
+    x = torch.rand(120 + 128, 192, generator=generator(), dtype=torch.float64) * 12**0.5
+    found = simple(x[:120], x[120:], CLOCK).error
+    # noise is told within some rho of the ends of a pixel's 12^0.5 alone: p rises there from 0
+    # to its height over rho, E slope²/p = 2 c / (rho 12^0.5) with c < 0.91 (integral phi²/Phi)
+    small = CLOCK <= -2
+    least = 1 - 2 * 0.91 * CLOCK.exp()[small] / 12**0.5
+    exact = gaussian_curve(torch.ones(1).double(), CLOCK).error  # no linear denoiser is better
+    # 192 variances of 60 samples: together good to sqrt(2/60/192), bent by 2/60 at most
+    off = 5 * math.sqrt(2 / 60 / 192) / 4 + 2 / 60 * exact * (1 - exact)
+    assert bool((found - exact).abs().le(off)[small].all()) and float(found.max()) <= 1
+    assert bool((found[small] >= least - off[small]).all())
+
+
+def test_the_errors_of_a_linear_denoiser_have_the_mean_of_the_closed_form() -> None:
+    x = torch.randn(20_020, 12, generator=generator(), dtype=torch.float64)
+    x = x * torch.logspace(-1, 0.5, 12, dtype=torch.float64)
+    noise = torch.randn(20_000, 12, generator=generator(1), dtype=torch.float64)
+    known, x = Spectrum.of(x[:20]), x[20:]
+    square = known.coordinates(x - known.mean).square().mean(0)
+    own = torch.where(known.shares > 0, square / known.shares, 0.0)  # of these very samples
+    known = replace(known, variances=own)
+    assert len(known.shares) > 12, "more directions than dimensions"
+    errors = LinearErrors.of(known, x, noise)
+    for u in (-3.0, -1.0, 1.0):
+        each, exact = errors.at(math.exp(u)), linear(known, torch.tensor([u]).double())
+        assert abs(float(each.mean() - exact)) < 5 * float(each.std()) / math.sqrt(len(x))
 
 
 def test_a_kernel_finds_what_is_not_gaussian_and_stays_above_the_floor() -> None:
@@ -135,12 +198,26 @@ def test_a_kernel_finds_what_is_not_gaussian_and_stays_above_the_floor() -> None
     x = data.units.encode(data.train).double()
     clock = torch.linspace(-4, 2, 13, dtype=torch.float64)
     gaussian = gaussian_curve(torch.ones(2).double(), clock)
-    found = simple_curve(gaussian, x.mean(0), x[:1000], x[2000:2512], generator(1))
+    found = simple(x[:2000], x[2000:2512], clock)
     floor = known_floor(data, clock)
     assert float((gaussian.error - found.error).max()) > 0.2
     # 256 samples judge; the spread of one error of two numbers is below 1.5
     assert bool((found.error > floor - 5 * 1.5 / 16 * 0.5).all())
     assert float((found.error - floor).abs().max()) < 0.25
+
+
+def test_a_kernel_finds_clusters_in_more_dimensions_than_samples() -> None:
+    dims, n, s = 200, 150, 0.05
+    centres = torch.randn(40, dims, generator=generator(3)).double()
+    which = torch.randint(0, 40, (n + 128,), generator=generator())
+    inner = torch.randn(n + 128, dims, generator=generator(1), dtype=torch.float64)
+    x, clock = centres[which] + s * inner, torch.linspace(-6, 1, 15, dtype=torch.float64)
+    found = simple(x[:n], x[n:], clock).error
+    least = s**2 / (s**2 + (2 * clock).exp())  # for those who are told the cluster
+    # relative: 64 errors of 200 numbers; 64 of the 40 directions of the centres; their variances
+    off = 5 * (math.sqrt(2 / 64 / dims) + math.sqrt(2 / 64 / 40) + math.sqrt(4 / n / 40))
+    assert bool((found > (1 - off) * least).all()) and float(found[0]) > 0.98
+    assert float((found / linear(Spectrum.of(x[:n]), clock)).min()) < 0.5
 
 
 class Line(nn.Module):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from experiment.diagnosis.spectrum import Spectrum
 
 SPACING = 0.25  # of log(sigma/alpha) between the levels of a curve
 MARGIN = 6.0  # beyond the smallest and the largest scale: the density there is e^-6 of its height
@@ -36,19 +37,24 @@ class Curve:
     error: Tensor
     of: str
 
+    @property
+    def falls(self) -> bool:
+        """Whether any level is between knowing nothing and knowing all."""
+        return bool(((self.error > 0) & (self.error < 1)).any())
+
     def wanted(self) -> Wanted:
         """The density of training levels that this error asks for.
 
         Raises:
             ValueError: If no level is between knowing nothing and knowing all.
         """
-        height = (self.error * (1 - self.error)).clamp(min=0).sqrt()
-        total = float(height.sum()) * float(self.clock[1] - self.clock[0])
-        if total == 0:
+        if not self.falls:
             raise ValueError(
                 f"a density of noise levels needs an error that falls from 1 to 0 within them; "
                 f"that of {self.of} does not."
             )
+        height = (self.error * (1 - self.error)).clamp(min=0).sqrt()  # a measured one may pass 1
+        total = float(height.sum()) * float(self.clock[1] - self.clock[0])
         return Wanted(self.clock, height / total)
 
 
@@ -124,79 +130,107 @@ def levels_for(variances: Tensor, shortest: float) -> Tensor:
     )
 
 
-def gaussian_curve(variances: Tensor, clock: Tensor) -> Curve:
+def gaussian_curve(variances: Tensor, clock: Tensor, shares: Tensor | None = None) -> Curve:
     r"""Error of the best linear denoiser, in closed form.
 
-    .. math::  e(u) = \frac{1}{D} \sum_d \frac{\lambda_d}{\lambda_d + \rho^2}
+    .. math::  e(u) = \frac{1}{D} \sum_d q_d \frac{\lambda_d}{\lambda_d + \rho^2}
 
     No data of this covariance ask for more error than that, and Gaussian data ask for it.
+
+    Args:
+        variances: Along directions of the data, [R].
+        clock: u, [L].
+        shares: q, how much of a dimension each stands for, [R], in sum D; None: one each.
     """
+    shares = torch.ones_like(variances) if shares is None else shares
     relative = variances[None] / (variances[None] + (2 * clock)[:, None].exp())
-    return Curve(clock, relative.mean(1), "the Gaussian of the same covariance")
+    return Curve(clock, relative @ (shares / shares.sum()), "the Gaussian of the same covariance")
 
 
 def simple_curve(
-    gaussian: Curve, mean: Tensor, reference: Tensor, queries: Tensor, generator: torch.Generator
+    spectrum: Spectrum,
+    clock: Tensor,
+    reference: Tensor,
+    queries: Tensor,
+    generator: torch.Generator,
 ) -> Curve:
-    """The smaller error of two denoisers that need no training, at each level.
+    r"""The smaller error of two denoisers that need no training, at each level.
 
     One is the best linear one, the other the posterior mean of a kernel density of the training
     samples: it finds the structure that is not Gaussian as far as samples are dense enough. Any
     denoiser's error on samples that it has not seen bounds the least possible one from above, so
     the smaller is taken; that of the kernel only where it is better by two standard errors. Both
-    denoise the same draws, so that the difference is known far better than either.
+    denoise the same draws: the ratio of their errors is known far better than either, and the
+    error of the linear one is known in closed form,
+
+    .. math::  e(u) = e_{linear}(u)\, \frac{\sum_i \mathrm{kernel}_i}{\sum_i \mathrm{linear}_i}
+
+    which is never below 0, and where noise is so small that neither removes any the ratio is 1.
 
     Args:
-        gaussian: Closed form of the linear one, at the levels wanted.
-        mean: Of the data, [D].
+        spectrum: Of the data; the linear denoiser is diagonal along its directions.
+        clock: u, [L].
         reference: Training samples [N, D] in model units, float64.
         queries: Other samples [M, D].
         generator: Of the noise.
     """
     noise = torch.randn(queries.shape, generator=generator, dtype=queries.dtype)
-    linear = linear_denoiser(mean, reference)
-    widths = _widths(reference)
-    error = []
-    for u, known in zip(gaussian.clock.tolist(), gaussian.error.tolist(), strict=True):
-        rho = math.exp(u)
+    gaussian = gaussian_curve(spectrum.variances, clock, spectrum.shares)
+    linear, widths = LinearErrors.of(spectrum, queries, noise), _widths(reference)
+    share = []
+    for rho in clock.exp().tolist():
         y = queries + rho * noise
-        base = ((y - linear(y, rho)) / rho - noise).square().mean(1)
-        gains = torch.stack(
-            [
-                base - ((y - x) / rho - noise).square().mean(1)
-                for x in kernel_denoised(y, rho, reference, widths)
-            ]
-        )
-        error.append(known - _sure_gain(gains))
-    found = torch.tensor(error, dtype=torch.float64).clamp(min=0)
-    return Curve(gaussian.clock, found, "the better of a linear and a kernel denoiser")
+        found = kernel_denoised(y, rho, reference, widths)
+        kernels = torch.stack([((y - x) / rho - noise).square().mean(1) for x in found])
+        share.append(_sure_ratio(kernels, linear.at(rho)))
+    error = gaussian.error * torch.tensor(share, dtype=torch.float64)
+    return Curve(clock, error, "the better of a linear and a kernel denoiser")
 
 
-def _sure_gain(gains: Tensor) -> float:
-    """Mean gain of the best row of [W, M] if it is above its standard error, else 0.
+def _sure_ratio(errors: Tensor, base: Tensor) -> float:
+    """Mean of the best row of ``errors`` [W, M] over that of ``base`` [M], if surely below 1.
 
-    The row is chosen by one half of the samples and judged by the other.
+    Else 1. The row is chosen by one half of the samples and judged by the other.
     """
-    first, second = gains[:, ::2], gains[:, 1::2]
-    if second.shape[1] < 2:
-        return 0.0
-    best = second[first.mean(1).argmax()]
-    error = float(best.std()) / math.sqrt(len(best))
-    return float(best.mean()) if float(best.mean()) > SURE * error else 0.0
+    row, base = errors[errors[:, ::2].mean(1).argmin(), 1::2], base[1::2]
+    if len(base) < 2:
+        return 1.0
+    ratio = row.mean() / base.mean()
+    off = (row - ratio * base).std() / base.mean() / math.sqrt(len(base))
+    return float(ratio) if float(1 - ratio) > SURE * float(off) else 1.0
 
 
-def linear_denoiser(mean: Tensor, samples: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """The best linear denoiser (y [B, D], rho) -> [B, D] of data like ``samples`` [N, D]."""
-    from experiment.diagnosis.spread import principal_axes
+@dataclass(frozen=True)
+class LinearErrors:
+    """Errors of the noise estimate of the best linear denoiser, sample by sample.
 
-    centred = samples - mean
-    axes = principal_axes(centred)
-    variances = (centred @ axes).square().mean(0)
+    Each coordinate along the directions of a spectrum shrinks by its own factor. The sum of the
+    squared errors of the coordinates is at least the squared error of the sample (the directions
+    are a tight frame), and of known mean: that of :func:`gaussian_curve`.
 
-    def denoised(y: Tensor, rho: float) -> Tensor:
-        return mean + (variances / (variances + rho**2) * ((y - mean) @ axes)) @ axes.mT
+    Args:
+        variances: Along the directions, [R].
+        signal: Coordinates of the samples, [M, R].
+        noise: Coordinates of their noise, [M, R].
+        dims: D.
+    """
 
-    return denoised
+    variances: Tensor
+    signal: Tensor
+    noise: Tensor
+    dims: int
+
+    @classmethod
+    def of(cls, spectrum: Spectrum, x: Tensor, noise: Tensor) -> LinearErrors:
+        """Those of samples ``x`` [M, D] under ``noise`` [M, D]."""
+        along = (spectrum.coordinates(each) for each in (x - spectrum.mean, noise))
+        return cls(spectrum.variances, *along, x.shape[1])
+
+    def at(self, rho: float) -> Tensor:
+        """At this noise ratio, [M]."""
+        kept = self.variances / (self.variances + rho**2)
+        lost = rho / (self.variances + rho**2)  # (1 - kept) / rho without a difference
+        return (kept * self.noise - lost * self.signal).square().sum(1) / self.dims
 
 
 def kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from experiment.batches import trained_units
@@ -24,12 +25,12 @@ from experiment.diagnosis.levels import (
     simple_curve,
 )
 from experiment.diagnosis.samples import Part, Units
+from experiment.diagnosis.spectrum import Spectrum
 from experiment.diagnosis.spread import (
     Distance,
     PriorFit,
     largest_distance,
     nearest_distance,
-    spectrum,
 )
 from experiment.seeds import stream
 
@@ -105,14 +106,14 @@ class Seen:
         return self.train.some(self.num_samples, self.units)
 
     @cached_property
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Mean and variances along principal axes, [D] each."""
-        return spectrum(self.some)
+    def spectrum(self) -> Spectrum:
+        """Variances along principal axes."""
+        return Spectrum.of(self.some)
 
     @property
     def prior(self) -> PriorFit:
         """How far the noised data are from a prior."""
-        return PriorFit(*self.spectrum)
+        return PriorFit(self.spectrum.mean, self.spectrum.variances, self.spectrum.shares)
 
     @cached_property
     def curves(self) -> Curves:
@@ -129,25 +130,51 @@ class Curves:
         best: The least that is known: the floor itself where the density of the data is known,
             else that of simple denoisers.
         floor: The least possible, where it is known.
+        half: The same as ``best`` of every other sample; None where it is not needed, or where
+            there are too few samples for a half.
     """
 
     gaussian: Curve
     best: Curve
     floor: Tensor | None
+    half: Curve | None
 
     @classmethod
     def of(cls, seen: Seen) -> Curves:
         """Those of a data set."""
-        mean, variances = seen.spectrum
-        clock = levels_for(variances, _finest(seen))
-        gaussian, floor = gaussian_curve(variances, clock), known_floor(seen.data, clock)
+        spectrum = seen.spectrum
+        clock = levels_for(spectrum.variances, _finest(seen))
+        gaussian = gaussian_curve(spectrum.variances, clock, spectrum.shares)
+        floor = known_floor(seen.data, clock)
         if floor is not None:
-            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor)
-        dims = len(variances)
-        reference = seen.some[: min(REFERENCE, max(2, KERNEL_NUMBERS // dims))]
-        queries = seen.test.some(max(QUERIES, QUERY_NUMBERS // dims), seen.units, "queries")
-        generator = stream(seen.seed, "diagnose kernel", 0)
-        return cls(gaussian, simple_curve(gaussian, mean, reference, queries, generator), None)
+            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, None)
+        best = _simple(seen, spectrum, seen.some, clock)
+        few = seen.some[::2]
+        half = _simple(seen, Spectrum.of(few), few, clock) if len(few) > 1 else None
+        return cls(gaussian, best, None, half)
+
+    @property
+    def agreed(self) -> float:
+        """What share of its draws the density by half of the samples puts to use, by all of them.
+
+        It is 1 where the density of the data is known.
+        """
+        if self.floor is not None:
+            return 1.0
+        if self.half is None or not self.half.falls:
+            return 0.0
+        return self.best.wanted().efficiency(self.half.wanted().density)
+
+
+def _simple(seen: Seen, spectrum: Spectrum, samples: Tensor, clock: Tensor) -> Curve:
+    """Error of simple denoisers that have seen these training ``samples``, on test samples."""
+    dims = samples.shape[1]
+    count = min(REFERENCE, max(2, KERNEL_NUMBERS // dims), len(samples))
+    # evenly over all of them: data may be in the order of their classes
+    reference = samples[torch.linspace(0, len(samples) - 1, count).long()]
+    queries = seen.test.some(max(QUERIES, QUERY_NUMBERS // dims), seen.units, "queries")
+    generator = stream(seen.seed, "diagnose kernel", 0)
+    return simple_curve(spectrum, clock, reference, queries, generator)
 
 
 def _finest(seen: Seen) -> float:

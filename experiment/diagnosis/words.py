@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiment.diagnosis.advice import EFFICIENT
 from experiment.settings import UNITS
 from experiment.uncertainty import uncertain
 
@@ -81,6 +82,8 @@ def _probes(found: Found) -> list[str]:
 
 
 def _levels(levels: Found) -> list[str]:
+    if levels["agreed"] < EFFICIENT:
+        return [_too_few(levels)]
     said = (
         f"noise levels, from {levels['of']}: log(sigma/alpha) of mean "
         f"{levels['wanted_mean']:.2f} and std {levels['wanted_std']:.2f}"
@@ -88,6 +91,17 @@ def _levels(levels: Found) -> list[str]:
     if levels["efficiency"] is not None:
         said += f"; of the objective's own draws {levels['efficiency']:.0%} are put to use"
     return [said]
+
+
+def _too_few(levels: Found) -> str:
+    said = "noise levels: the samples are too few to tell which ones to train on"
+    if levels["half_mean"] is None:
+        return said
+    return (
+        f"{said}: log(sigma/alpha) would be of mean {levels['wanted_mean']:.2f} and std "
+        f"{levels['wanted_std']:.2f} by all of them, of {levels['half_mean']:.2f} and "
+        f"{levels['half_std']:.2f} by half of them"
+    )
 
 
 def model(found: Found) -> list[str]:

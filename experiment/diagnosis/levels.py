@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from experiment.diagnosis.spectrum import Spectrum
-
 SPACING = 0.25  # of log(sigma/alpha) between the levels of a curve
 MARGIN = 6.0  # beyond the smallest and the largest scale: the density there is e^-6 of its height
 REFERENCE, KERNEL_NUMBERS = 2048, 2**21  # samples of the kernel denoiser, at most
@@ -148,89 +146,51 @@ def gaussian_curve(variances: Tensor, clock: Tensor, shares: Tensor | None = Non
 
 
 def simple_curve(
-    spectrum: Spectrum,
-    clock: Tensor,
-    reference: Tensor,
-    queries: Tensor,
-    generator: torch.Generator,
+    gaussian: Curve, reference: Tensor, queries: Tensor, generator: torch.Generator
 ) -> Curve:
     r"""The smaller error of two denoisers that need no training, at each level.
 
     One is the best linear one, the other the posterior mean of a kernel density of the training
     samples: it finds the structure that is not Gaussian as far as samples are dense enough. Any
     denoiser's error on samples that it has not seen bounds the least possible one from above, so
-    the smaller is taken; that of the kernel only where it is better by two standard errors. Both
-    denoise the same draws: the ratio of their errors is known far better than either, and the
-    error of the linear one is known in closed form,
+    the smaller is taken; that of the kernel only where it is below by two standard errors. It is
+    measured as the ratio
 
-    .. math::  e(u) = e_{linear}(u)\, \frac{\sum_i \mathrm{kernel}_i}{\sum_i \mathrm{linear}_i}
+    .. math::  e(u) = \sum_i \|\varepsilon_i - \hat\varepsilon_i\|^2 \Big/
+               \sum_i \|\varepsilon_i\|^2
 
-    which is never below 0, and where noise is so small that neither removes any the ratio is 1.
+    which is 1 for whatever noise was drawn where nothing can be removed, and never below 0.
 
     Args:
-        spectrum: Of the data; the linear denoiser is diagonal along its directions.
-        clock: u, [L].
+        gaussian: Error of the linear one, at the levels wanted.
         reference: Training samples [N, D] in model units, float64.
         queries: Other samples [M, D].
         generator: Of the noise.
     """
     noise = torch.randn(queries.shape, generator=generator, dtype=queries.dtype)
-    gaussian = gaussian_curve(spectrum.variances, clock, spectrum.shares)
-    linear, widths = LinearErrors.of(spectrum, queries, noise), _widths(reference)
-    share = []
-    for rho in clock.exp().tolist():
+    power, widths = noise.square().mean(1), _widths(reference)
+    error = []
+    for u, known in zip(gaussian.clock.tolist(), gaussian.error.tolist(), strict=True):
+        rho = math.exp(u)
         y = queries + rho * noise
         found = kernel_denoised(y, rho, reference, widths)
         kernels = torch.stack([((y - x) / rho - noise).square().mean(1) for x in found])
-        share.append(_sure_ratio(kernels, linear.at(rho)))
-    error = gaussian.error * torch.tensor(share, dtype=torch.float64)
-    return Curve(clock, error, "the better of a linear and a kernel denoiser")
+        error.append(_surely_less(kernels, power, known))
+    found = torch.tensor(error, dtype=torch.float64)
+    return Curve(gaussian.clock, found, "the better of a linear and a kernel denoiser")
 
 
-def _sure_ratio(errors: Tensor, base: Tensor) -> float:
-    """Mean of the best row of ``errors`` [W, M] over that of ``base`` [M], if surely below 1.
+def _surely_less(errors: Tensor, power: Tensor, known: float) -> float:
+    """The best row of ``errors`` [W, M] as a share of ``power`` [M], if surely below ``known``.
 
-    Else 1. The row is chosen by one half of the samples and judged by the other.
+    Else ``known``. The row is chosen by one half of the samples and judged by the other.
     """
-    row, base = errors[errors[:, ::2].mean(1).argmin(), 1::2], base[1::2]
-    if len(base) < 2:
-        return 1.0
-    ratio = row.mean() / base.mean()
-    off = (row - ratio * base).std() / base.mean() / math.sqrt(len(base))
-    return float(ratio) if float(1 - ratio) > SURE * float(off) else 1.0
-
-
-@dataclass(frozen=True)
-class LinearErrors:
-    """Errors of the noise estimate of the best linear denoiser, sample by sample.
-
-    Each coordinate along the directions of a spectrum shrinks by its own factor. The sum of the
-    squared errors of the coordinates is at least the squared error of the sample (the directions
-    are a tight frame), and of known mean: that of :func:`gaussian_curve`.
-
-    Args:
-        variances: Along the directions, [R].
-        signal: Coordinates of the samples, [M, R].
-        noise: Coordinates of their noise, [M, R].
-        dims: D.
-    """
-
-    variances: Tensor
-    signal: Tensor
-    noise: Tensor
-    dims: int
-
-    @classmethod
-    def of(cls, spectrum: Spectrum, x: Tensor, noise: Tensor) -> LinearErrors:
-        """Those of samples ``x`` [M, D] under ``noise`` [M, D]."""
-        along = (spectrum.coordinates(each) for each in (x - spectrum.mean, noise))
-        return cls(spectrum.variances, *along, x.shape[1])
-
-    def at(self, rho: float) -> Tensor:
-        """At this noise ratio, [M]."""
-        kept = self.variances / (self.variances + rho**2)
-        lost = rho / (self.variances + rho**2)  # (1 - kept) / rho without a difference
-        return (kept * self.noise - lost * self.signal).square().sum(1) / self.dims
+    row, power = errors[errors[:, ::2].mean(1).argmin(), 1::2], power[1::2]
+    if len(power) < 2:
+        return known
+    found = float(row.mean() / power.mean())
+    off = float((row - found * power).std() / power.mean()) / math.sqrt(len(power))
+    return found if found + SURE * off < known else known
 
 
 def kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) -> list[Tensor]:

@@ -144,14 +144,15 @@ class Curves:
         """Those of a data set."""
         spectrum = seen.spectrum
         clock = levels_for(spectrum.variances, _finest(seen))
-        gaussian = gaussian_curve(spectrum.variances, clock, spectrum.shares)
+        gaussian = _linear(spectrum, clock)
         floor = known_floor(seen.data, clock)
         if floor is not None:
             return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, None)
-        best = _simple(seen, spectrum, seen.some, clock)
+        best = _simple(seen, gaussian, seen.some)
         few = seen.some[::2]
-        half = _simple(seen, Spectrum.of(few), few, clock) if len(few) > 1 else None
-        return cls(gaussian, best, None, half)
+        if len(few) < 2:
+            return cls(gaussian, best, None, None)
+        return cls(gaussian, best, None, _simple(seen, _linear(Spectrum.of(few), clock), few))
 
     @property
     def agreed(self) -> float:
@@ -166,7 +167,11 @@ class Curves:
         return self.best.wanted().efficiency(self.half.wanted().density)
 
 
-def _simple(seen: Seen, spectrum: Spectrum, samples: Tensor, clock: Tensor) -> Curve:
+def _linear(spectrum: Spectrum, clock: Tensor) -> Curve:
+    return gaussian_curve(spectrum.variances, clock, spectrum.shares)
+
+
+def _simple(seen: Seen, gaussian: Curve, samples: Tensor) -> Curve:
     """Error of simple denoisers that have seen these training ``samples``, on test samples."""
     dims = samples.shape[1]
     count = min(REFERENCE, max(2, KERNEL_NUMBERS // dims), len(samples))
@@ -174,7 +179,7 @@ def _simple(seen: Seen, spectrum: Spectrum, samples: Tensor, clock: Tensor) -> C
     reference = samples[torch.linspace(0, len(samples) - 1, count).long()]
     queries = seen.test.some(max(QUERIES, QUERY_NUMBERS // dims), seen.units, "queries")
     generator = stream(seen.seed, "diagnose kernel", 0)
-    return simple_curve(spectrum, clock, reference, queries, generator)
+    return simple_curve(gaussian, reference, queries, generator)
 
 
 def _finest(seen: Seen) -> float:

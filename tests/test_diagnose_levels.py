@@ -26,6 +26,7 @@ from experiment.diagnosis.model import (
     noise_errors,
     own_levels,
 )
+from experiment.diagnosis.seen import Seen
 from experiment.diagnosis.spectrum import Spectrum
 from score_models import (
     EDM,
@@ -212,6 +213,43 @@ def test_a_kernel_finds_clusters_in_more_dimensions_than_samples() -> None:
     off = 5 * math.sqrt(2 / 64 / dims)  # relative, of 64 errors of 200 numbers
     assert bool((found > (1 - off) * least).all()) and float(found[0]) > 0.98
     assert float((found / linear(x[:n], clock)).min()) < 0.5
+
+
+def seen(train: Tensor, test: Tensor) -> Seen:
+    return Seen.of(Dataset("own", train, test), {}, 10**6, 4096, 0)
+
+
+def test_what_half_of_the_samples_ask_for_tells_whether_they_are_enough() -> None:
+    x = torch.randn(500, 20, generator=generator())
+    curves = seen(x[:300], x[300:]).curves
+    # all scales are off together by sqrt(2/150/20) at most, next to a density of std pi/2
+    assert 0.99 < curves.agreed <= 1
+    scales = torch.tensor([1e-3, 1.0]).repeat(150)[:, None]  # every other sample is a small one
+    apart = seen(scales * x[:300], x[300:]).curves
+    assert apart.agreed < 0.9
+    half = apart.half.wanted().mean
+    assert half < apart.best.wanted().mean - 1
+    assert seen(x[:15], x[300:]).curves.half is None and seen(x[:15], x[300:]).curves.agreed == 0
+    assert seen(x[:16], x[300:]).curves.agreed > 0.9
+    assert seen(*(part.clone() for part in eight(400))).curves.agreed > 0.9
+
+
+def eight(n: int) -> tuple[Tensor, Tensor]:
+    """Planar data of unknown density."""
+    data = eight_gaussians(train_size=n, test_size=n // 2)
+    return data.train, data.test
+
+
+def test_the_kernel_sees_data_in_the_order_of_their_classes_from_end_to_end() -> None:
+    side = torch.tensor([-3.0, 3.0]).repeat_interleave(3000)[:, None]
+    x = side * torch.ones(2) + 0.1 * torch.randn(6000, 2, generator=generator())
+    ordered, mixed = x, x[torch.randperm(6000, generator=generator())]
+    gains = []
+    for train in (ordered, mixed):
+        curves = seen(train, x[::10] + 0.0).curves
+        gains.append(float((curves.gaussian.error - curves.best.error).max()))
+    # had it seen one side alone, it would be no better: the samples of the other are in its tail
+    assert gains[0] > 0.1 and abs(gains[0] - gains[1]) < 0.1
 
 
 class Line(nn.Module):

@@ -34,6 +34,8 @@ from experiment.diagnosis.spread import (
 )
 from experiment.seeds import stream
 
+FEWEST = 16  # samples; of fewer, halves of Gaussian data agree by chance on what is far off
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -149,9 +151,9 @@ class Curves:
         if floor is not None:
             return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, None)
         best = _simple(seen, gaussian, seen.some)
-        few = seen.some[::2]
-        if len(few) < 2:
+        if len(seen.some) < FEWEST:
             return cls(gaussian, best, None, None)
+        few = seen.some[::2]
         return cls(gaussian, best, None, _simple(seen, _linear(Spectrum.of(few), clock), few))
 
     @property

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 from experiment.data import Dataset
 from experiment.diagnosis.advice import about_values, data_levels
 from experiment.diagnosis.facts import Lattice, lattice
+from experiment.diagnosis.levels import gaussian_curve
 from experiment.diagnosis.probes import bases
 from experiment.diagnosis.samples import Part
 from experiment.diagnosis.seen import Seen
-from experiment.diagnosis.spectrum import Spectrum, principal_axes
+from experiment.diagnosis.spectrum import Spectrum, coordinates, principal_axes
 from experiment.diagnosis.spread import PriorFit, largest_distance
 from likelihood.basis import cosines
 from sde_lib.oracles import GaussianMixture
@@ -101,11 +102,27 @@ def test_the_directions_of_few_samples_are_a_tight_frame() -> None:
     x, y = normal(30, 50, dtype=torch.float64), normal(8, 50, seed=1, dtype=torch.float64)
     known = Spectrum.of(x * torch.linspace(0.01, 1, 50, dtype=torch.float64))
     assert known.axes.shape[1] < 50 and len(known.shares) == known.axes.shape[1] + 50
-    along = known.coordinates(y)
+    along = coordinates(known.axes, y)
     assert_close(along.square().sum(1), y.square().sum(1))
-    directions = known.coordinates(torch.eye(50, dtype=torch.float64))  # [D, R]
+    directions = coordinates(known.axes, torch.eye(50, dtype=torch.float64))  # [D, R]
     assert_close(directions.square().sum(0), known.shares)
     assert_close(directions @ directions.mT, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("count", [0, 3, 9, 12])
+def test_any_directions_bound_what_the_covariance_decides(count) -> None:
+    root = torch.linalg.qr(normal(12, 12, dtype=torch.float64)).Q
+    exact = torch.logspace(-3, 1, 12, dtype=torch.float64)
+    x = math.sqrt(12) * exact.sqrt()[:, None] * root  # rows whose mean square is the covariance
+    axes = torch.linalg.qr(normal(12, 12, seed=1, dtype=torch.float64)).Q[:, :count]
+    bound = Spectrum.along(torch.zeros(12).double(), axes, x)
+    assert bound.log_determinant() > float(exact.log().sum())
+    clock = torch.linspace(-6, 3, 10, dtype=torch.float64)
+    error = gaussian_curve(bound.variances, clock, bound.shares).error
+    assert bool((error >= gaussian_curve(exact, clock).error).all())
+    low, known = PriorFit(bound.mean, bound.variances, bound.shares), PriorFit(bound.mean, exact)
+    assert all(low.low(rho) <= known.low(rho) for rho in (0.1, 1.0, 10.0))
+    assert low.high(1.0) == pytest.approx(known.high(1.0)), "the power is the same"
 
 
 def test_coordinates_that_never_change_have_no_variance_and_turn_no_axis() -> None:

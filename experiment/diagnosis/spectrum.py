@@ -53,17 +53,18 @@ class Spectrum:
         first, second = (x - mean)[::2], (x - mean)[1::2]
         axes = principal_axes(first)
         counts = [axes.shape[1] >> halved for halved in range(HALVED)] + [0]
-        found = [cls._along(mean, axes[:, :count], second) for count in sorted(set(counts))]
+        found = [cls.along(mean, axes[:, :count], second) for count in sorted(set(counts))]
         best = min(found, key=Spectrum.log_determinant)
         return replace(best, variances=best.variances * n / (n - 1))  # about their own mean
 
     @classmethod
-    def _along(cls, mean: Tensor, axes: Tensor, centred: Tensor) -> Spectrum:
+    def along(cls, mean: Tensor, axes: Tensor, centred: Tensor) -> Spectrum:
+        """That of samples [N, D] less their ``mean``, along these ``axes`` and what is left."""
         shares = torch.ones(axes.shape[1], dtype=axes.dtype)
         if axes.shape[1] < len(axes):
             shares = torch.cat([shares, 1 - axes.square().sum(1)])
         shares = torch.where(shares > LEAST_SHARE, shares, 0.0)
-        square = _coordinates(axes, centred).square().mean(0)
+        square = coordinates(axes, centred).square().mean(0)
         return cls(mean, axes, shares, torch.where(shares > 0, square / shares, 0.0))
 
     def log_determinant(self) -> float:
@@ -71,12 +72,12 @@ class Spectrum:
         least = self.variances.max() * FLAT
         return float((self.shares * self.variances.clamp(min=least).log()).sum())
 
-    def coordinates(self, x: Tensor) -> Tensor:
-        """Of vectors [B, D] along the directions; of squared length that of the vector."""
-        return _coordinates(self.axes, x)
 
+def coordinates(axes: Tensor, x: Tensor) -> Tensor:
+    """Of vectors ``x`` [B, D] along ``axes`` [D, R] and what these leave, [B, R] or [B, R + D].
 
-def _coordinates(axes: Tensor, x: Tensor) -> Tensor:
+    Of the squared length of the vector.
+    """
     inside = x @ axes
     if axes.shape[1] == len(axes):
         return inside

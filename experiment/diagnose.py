@@ -113,7 +113,7 @@ def diagnosis(run: Run, data: Dataset, effort: Effort, trained: Trained | None) 
     measured = _measured(trained, seen, effort)
     wanted, drawn = _levels_wanted(seen.curves, own, measured)
     told = probes if measured is None else measured.bases
-    sure = measured is not None or seen.curves.agreed >= advice.EFFICIENT
+    sure = measured is not None or seen.curves.lasting >= advice.EFFICIENT
     proposed = [
         *proposals(run, seen),
         *(levels_proposed(run, wanted, drawn) if sure else []),
@@ -221,7 +221,7 @@ def _prior(name: str, sde: SDE, fit: PriorFit) -> dict[str, Any]:
 def about_levels(curves: Curves, own: OwnLevels | None) -> dict[str, Any]:
     """Error curves of simple denoisers, the density that they ask for, and the objective's."""
     wanted = curves.best.wanted()
-    half = curves.half.wanted() if curves.half is not None and curves.half.falls else None
+    fewer = [each.wanted() for each in curves.fewer if each.falls]
     return {
         "clock": curves.best.clock.tolist(),
         "gaussian": curves.gaussian.error.tolist(),
@@ -231,9 +231,8 @@ def about_levels(curves: Curves, own: OwnLevels | None) -> dict[str, Any]:
         "wanted": wanted.density.tolist(),
         "wanted_mean": wanted.mean,
         "wanted_std": wanted.std,
-        "half_mean": None if half is None else half.mean,
-        "half_std": None if half is None else half.std,
-        "agreed": curves.agreed,
+        "wanted_by_fewer": [[each.mean, each.std] for each in fewer],
+        "lasting": curves.lasting,
         "own": None if own is None else own.density.tolist(),
         "efficiency": None if own is None else wanted.efficiency(own.density),
     }

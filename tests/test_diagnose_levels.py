@@ -17,6 +17,7 @@ from experiment.diagnosis.levels import (
     gaussian_curve,
     levels_for,
     simple_curve,
+    with_more_samples,
 )
 from experiment.diagnosis.model import (
     GROUPS,
@@ -219,25 +220,37 @@ def seen(train: Tensor, test: Tensor) -> Seen:
     return Seen.of(Dataset("own", train, test), {}, 10**6, 4096, 0)
 
 
-def test_what_half_of_the_samples_ask_for_tells_whether_they_are_enough() -> None:
+def test_what_fewer_samples_ask_for_tells_whether_all_are_enough() -> None:
     x = torch.randn(500, 20, generator=generator())
     curves = seen(x[:300], x[300:]).curves
-    # all scales are off together by sqrt(2/150/20) at most, next to a density of std pi/2
-    assert 0.99 < curves.agreed <= 1
+    assert 0.95 < curves.lasting <= 1
     scales = torch.tensor([1e-3, 1.0]).repeat(150)[:, None]  # every other sample is a small one
     apart = seen(scales * x[:300], x[300:]).curves
-    assert apart.agreed < 0.9
-    half = apart.half.wanted().mean
+    assert apart.lasting < 0.9
+    half = apart.fewer[0].wanted().mean
     assert half < apart.best.wanted().mean - 1
-    assert seen(x[:15], x[300:]).curves.half is None and seen(x[:15], x[300:]).curves.agreed == 0
-    assert seen(x[:16], x[300:]).curves.agreed > 0.9
-    assert seen(*(part.clone() for part in eight(400))).curves.agreed > 0.9
+    assert seen(x[:15], x[300:]).curves.lasting == 0 and len(curves.fewer) == 2
 
 
-def eight(n: int) -> tuple[Tensor, Tensor]:
-    """Planar data of unknown density."""
-    data = eight_gaussians(train_size=n, test_size=n // 2)
-    return data.train, data.test
+@pytest.mark.parametrize("shift", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_the_shift_of_a_density_is_foreseen_by_its_last_two_steps(shift, ratio) -> None:
+    clock = torch.arange(-20, 20, 0.05, dtype=torch.float64)
+
+    def at(mean: float) -> Wanted:
+        density = 1 / torch.cosh(clock - mean)
+        return Wanted(clock, density / density.sum() / 0.05)
+
+    last = sum(shift * ratio**k for k in range(1, 5))
+    half, quarter = (
+        at(0.0).efficiency(at(-away).density) for away in (shift, shift / ratio + shift)
+    )
+    exact = at(last).efficiency(at(0.0).density)
+    # the loss is the square of the shift but for its fourth power; mean u² / 2 is pi²/8
+    assert with_more_samples(half, quarter) == pytest.approx(
+        exact, abs=(last + 2 * shift / ratio) ** 4
+    )
+    assert with_more_samples(1.0, 1.0) == 1 and with_more_samples(0.9, 0.9) == pytest.approx(0)
 
 
 def test_the_kernel_sees_data_in_the_order_of_their_classes_from_end_to_end() -> None:

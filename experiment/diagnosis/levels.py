@@ -11,8 +11,9 @@ from torch import Tensor
 SPACING = 0.25  # of log(sigma/alpha) between the levels of a curve
 MARGIN = 6.0  # beyond the smallest and the largest scale: the density there is e^-6 of its height
 REFERENCE, KERNEL_NUMBERS = 2048, 2**21  # samples of the kernel denoiser, at most
-QUERIES, QUERY_NUMBERS = 128, 512  # samples that it denoises, and more of few numbers
+QUERIES, QUERY_NUMBERS = 128, 2048  # samples that it denoises, and more of few numbers
 WIDTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of its kernel, in nearest-neighbour distances by dimension
+DOUBLINGS = 4  # of the samples, that a proposal should survive
 SURE = 2.0  # standard errors by which it has to be better
 
 
@@ -111,6 +112,26 @@ class Wanted:
             return 0.0
         own, other = self.density[drawn], density[drawn]
         return float(own.sum().square() / ((own.square() / other).sum() * other.sum()))
+
+
+def with_more_samples(half: float, quarter: float) -> float:
+    """What share of its draws a density will put to use by what 16 times the samples ask for.
+
+    Densities near to each other lose the square of how far apart they are. From the losses of what
+    a quarter and a half of the samples ask for, by what all ask for, follow the last two steps;
+    each further doubling is taken to be shorter, or at least not longer, by the same ratio. What
+    half of the samples say is not enough: where few samples see more axes as they become more, as
+    on photographs, each doubling moves the density little, and all together far.
+
+    Args:
+        half: Efficiency of the density by half of the samples, by that of all.
+        quarter: Likewise of a quarter.
+    """
+    step = math.sqrt(max(0.0, 1 - half))
+    before = math.sqrt(max(0.0, 1 - quarter)) - step
+    ratio = step / before if before > step else 1.0
+    left = step * sum(ratio**k for k in range(1, DOUBLINGS + 1))
+    return max(0.0, 1 - left**2)
 
 
 def levels_for(variances: Tensor, shortest: float) -> Tensor:

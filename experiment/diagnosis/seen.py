@@ -23,6 +23,7 @@ from experiment.diagnosis.levels import (
     gaussian_curve,
     levels_for,
     simple_curve,
+    with_more_samples,
 )
 from experiment.diagnosis.samples import Part, Units
 from experiment.diagnosis.spectrum import Spectrum
@@ -132,14 +133,14 @@ class Curves:
         best: The least that is known: the floor itself where the density of the data is known,
             else that of simple denoisers.
         floor: The least possible, where it is known.
-        half: The same as ``best`` of every other sample; None where it is not needed, or where
-            there are too few samples for a half.
+        fewer: The same as ``best`` of a half and of a quarter of the samples; none where it is
+            not needed, or where there are too few samples.
     """
 
     gaussian: Curve
     best: Curve
     floor: Tensor | None
-    half: Curve | None
+    fewer: tuple[Curve, ...]
 
     @classmethod
     def of(cls, seen: Seen) -> Curves:
@@ -149,24 +150,25 @@ class Curves:
         gaussian = _linear(spectrum, clock)
         floor = known_floor(seen.data, clock)
         if floor is not None:
-            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, None)
+            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, ())
         best = _simple(seen, gaussian, seen.some)
-        if len(seen.some) < FEWEST:
-            return cls(gaussian, best, None, None)
-        few = seen.some[::2]
-        return cls(gaussian, best, None, _simple(seen, _linear(Spectrum.of(few), clock), few))
+        parts = [seen.some[::2], seen.some[::4]] if len(seen.some) >= FEWEST else []
+        fewer = (_simple(seen, _linear(Spectrum.of(few), clock), few) for few in parts)
+        return cls(gaussian, best, None, tuple(fewer))
 
     @property
-    def agreed(self) -> float:
-        """What share of its draws the density by half of the samples puts to use, by all of them.
+    def lasting(self) -> float:
+        """What share of its draws the density will put to use if many more samples are seen.
 
-        It is 1 where the density of the data is known.
+        It is 1 where the density of the data is known, 0 where nothing can be said.
         """
         if self.floor is not None:
             return 1.0
-        if self.half is None or not self.half.falls:
+        if not self.fewer or not all(curve.falls for curve in self.fewer):
             return 0.0
-        return self.best.wanted().efficiency(self.half.wanted().density)
+        wanted = self.best.wanted()
+        half, quarter = (wanted.efficiency(each.wanted().density) for each in self.fewer)
+        return with_more_samples(half, quarter)
 
 
 def _linear(spectrum: Spectrum, clock: Tensor) -> Curve:

@@ -82,7 +82,7 @@ def _probes(found: Found) -> list[str]:
 
 
 def _levels(levels: Found) -> list[str]:
-    if levels["agreed"] < EFFICIENT:
+    if levels["lasting"] < EFFICIENT:
         return [_too_few(levels)]
     said = (
         f"noise levels, from {levels['of']}: log(sigma/alpha) of mean "
@@ -94,13 +94,14 @@ def _levels(levels: Found) -> list[str]:
 
 
 def _too_few(levels: Found) -> str:
-    said = "noise levels: the samples are too few to tell which ones to train on"
-    if levels["half_mean"] is None:
+    said = "noise levels: the samples looked at are too few to tell which ones to train on"
+    if not levels["wanted_by_fewer"]:
         return said
+    asked = [(levels["wanted_mean"], levels["wanted_std"]), *levels["wanted_by_fewer"]]
+    told = "; ".join(f"{mean:.2f}, {std:.2f}" for mean, std in asked)
     return (
-        f"{said}: log(sigma/alpha) would be of mean {levels['wanted_mean']:.2f} and std "
-        f"{levels['wanted_std']:.2f} by all of them, of {levels['half_mean']:.2f} and "
-        f"{levels['half_std']:.2f} by half of them"
+        f"{said}; log(sigma/alpha) of mean and std, by all, half and a quarter of them: {told}. "
+        "A larger mode.num_samples may tell, or a model (mode=diagnose after training)"
     )
 
 

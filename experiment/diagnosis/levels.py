@@ -220,6 +220,12 @@ def kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) ->
     .. math::  \hat x_0 = \bar x + \frac{h^2}{h^2 + \rho^2} (y - \bar x), \qquad
                \bar x = \sum_i w_i x_i, \quad w_i \propto e^{-\|y - x_i\|^2 / 2 (h^2 + \rho^2)}
     """
+    found = [_kernel_denoised(rows, rho, reference, widths) for rows in y.split(QUERIES)]
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) -> list[Tensor]:
+    """Of so few rows that their distances from all samples stay in a cache."""
     squared = torch.cdist(y, reference).square()
     found = []
     for h in widths.tolist():

@@ -113,8 +113,10 @@ def diagnosis(run: Run, data: Dataset, effort: Effort, trained: Trained | None) 
     measured = _measured(trained, seen, effort)
     wanted, drawn = _levels_wanted(seen.curves, own, measured)
     told = probes if measured is None else measured.bases
+    sure = measured is not None or seen.curves.lasting >= advice.EFFICIENT
     proposed = [
-        *proposals(run, seen, wanted, drawn),
+        *proposals(run, seen),
+        *(levels_proposed(run, wanted, drawn) if sure else []),
         *advice.basis(run.config["likelihood"], told, measured is None),
     ]
     units = list(advice.data_levels(run.config["data"], seen.facts, seen.values))
@@ -152,15 +154,19 @@ def _levels_wanted(
     return measured.wanted(), measured.own
 
 
-def proposals(run: Run, seen: Seen, wanted: Wanted, drawn: OwnLevels | None) -> list[Advice]:
-    """Settings that the data ask for, those that fit already among them."""
+def proposals(run: Run, seen: Seen) -> list[Advice]:
+    """Settings that the data ask for, those that fit already among them; not the noise levels."""
     config, data = run.config, seen.data
-    efficiency = 0.0 if drawn is None else wanted.efficiency(drawn.density)
     return [
         *advice.sigma_max(config["sde"], seen.reach, seen.prior),
         *advice.data_std(config["parameterization"], _data_std(run, data)),
-        *advice.levels(config["objective"], wanted, efficiency),
     ]
+
+
+def levels_proposed(run: Run, wanted: Wanted, drawn: OwnLevels | None) -> list[Advice]:
+    """The noise levels to train on."""
+    efficiency = 0.0 if drawn is None else wanted.efficiency(drawn.density)
+    return list(advice.levels(run.config["objective"], wanted, efficiency))
 
 
 def _data_std(run: Run, data: Dataset) -> float:
@@ -215,6 +221,7 @@ def _prior(name: str, sde: SDE, fit: PriorFit) -> dict[str, Any]:
 def about_levels(curves: Curves, own: OwnLevels | None) -> dict[str, Any]:
     """Error curves of simple denoisers, the density that they ask for, and the objective's."""
     wanted = curves.best.wanted()
+    fewer = [each.wanted() for each in curves.fewer if each.falls]
     return {
         "clock": curves.best.clock.tolist(),
         "gaussian": curves.gaussian.error.tolist(),
@@ -224,6 +231,8 @@ def about_levels(curves: Curves, own: OwnLevels | None) -> dict[str, Any]:
         "wanted": wanted.density.tolist(),
         "wanted_mean": wanted.mean,
         "wanted_std": wanted.std,
+        "wanted_by_fewer": [[each.mean, each.std] for each in fewer],
+        "lasting": curves.lasting,
         "own": None if own is None else own.density.tolist(),
         "efficiency": None if own is None else wanted.efficiency(own.density),
     }

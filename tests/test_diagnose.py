@@ -92,6 +92,21 @@ def test_data_of_every_shape_are_diagnosed_without_training(values, tmp_path, ca
     assert "What the data ask for" in (tmp_path / "own/report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    "rows, said", [(15, "train on\n"), (64, "A larger mode.num_samples may tell")]
+)
+def test_of_too_few_samples_no_noise_levels_are_proposed(rows, said, tmp_path, capsys) -> None:
+    train = numbers(rows, 3)
+    train[::2] *= 1e-4  # every other sample: the scale that a half of them has
+    np.savez(tmp_path / "own.npz", train=train, test=numbers(4, 3))
+    choices = ["data=arrays", f"data.path={tmp_path / 'own.npz'}", "objective.times.mean=3"]
+    made(tmp_path, "mode=diagnose", *choices, *TINY).go()
+    out = capsys.readouterr().out
+    assert "noise levels: the samples looked at are too few to tell which" in out
+    assert said in out and "objective.times" not in out
+    assert not any("times" in row["key"] for row in found_in(tmp_path)["advice"])
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a model, on data of few levels, with settings that do not suit them."""

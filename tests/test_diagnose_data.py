@@ -12,10 +12,12 @@ from torch.testing import assert_close
 from experiment.data import Dataset
 from experiment.diagnosis.advice import about_values, data_levels
 from experiment.diagnosis.facts import Lattice, lattice
+from experiment.diagnosis.levels import gaussian_curve
 from experiment.diagnosis.probes import bases
 from experiment.diagnosis.samples import Part
 from experiment.diagnosis.seen import Seen
-from experiment.diagnosis.spread import PriorFit, largest_distance, principal_axes, spectrum
+from experiment.diagnosis.spectrum import Spectrum, coordinates, principal_axes
+from experiment.diagnosis.spread import PriorFit, largest_distance
 from likelihood.basis import cosines
 from sde_lib.oracles import GaussianMixture
 
@@ -80,17 +82,58 @@ def test_the_spectrum_is_that_of_the_data_and_honest_about_few_samples() -> None
     stds = torch.tensor([2.0, 0.5, 0.1], dtype=torch.float64)
     turn = torch.linalg.qr(normal(3, 3, seed=1, dtype=torch.float64)).Q
     n = 20_000
-    mean, variances = spectrum(1.5 + stds * normal(n, 3, dtype=torch.float64) @ turn)
+    known = Spectrum.of(1.5 + stds * normal(n, 3, dtype=torch.float64) @ turn)
+    mean, variances = known.mean, known.variances
+    assert len(variances) == 3, "all axes are known"
     found = variances.sort(descending=True).values.sqrt()
     # a variance of n/2 samples is good to sqrt(4/n), the axes' slant is of second order
     assert bool(((found / stds - 1).abs() < 5 * math.sqrt(1 / n) + 1e-3).all())
     assert bool(((mean - 1.5).abs() < 5 * 2 / math.sqrt(n)).all())
     few = normal(80, 64, dtype=torch.float64)
-    _, variances = spectrum(few)
+    known = Spectrum.of(few)
     # a chi squared of 40: below 0.25 of its mean once in 10^9; eigenvalues of 40 samples are 0
-    assert float(variances.min()) > 0.25
+    assert float(known.variances.min()) > 0.25
     total = (few - few.mean(0)).square().sum(1)[1::2].mean() * 80 / 79
-    assert float(variances.sum()) == pytest.approx(float(total))
+    assert float((known.shares * known.variances).sum()) == pytest.approx(float(total))
+    assert float(known.shares.sum()) == pytest.approx(64)
+
+
+def test_the_directions_of_few_samples_are_a_tight_frame() -> None:
+    x, y = normal(30, 50, dtype=torch.float64), normal(8, 50, seed=1, dtype=torch.float64)
+    known = Spectrum.of(x * torch.linspace(0.01, 1, 50, dtype=torch.float64))
+    assert known.axes.shape[1] < 50 and len(known.shares) == known.axes.shape[1] + 50
+    along = coordinates(known.axes, y)
+    assert_close(along.square().sum(1), y.square().sum(1))
+    directions = coordinates(known.axes, torch.eye(50, dtype=torch.float64))  # [D, R]
+    assert_close(directions.square().sum(0), known.shares)
+    assert_close(directions @ directions.mT, torch.eye(50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("count", [0, 3, 9, 12])
+def test_any_directions_bound_what_the_covariance_decides(count) -> None:
+    root = torch.linalg.qr(normal(12, 12, dtype=torch.float64)).Q
+    exact = torch.logspace(-3, 1, 12, dtype=torch.float64)
+    x = math.sqrt(12) * exact.sqrt()[:, None] * root  # rows whose mean square is the covariance
+    axes = torch.linalg.qr(normal(12, 12, seed=1, dtype=torch.float64)).Q[:, :count]
+    bound = Spectrum.along(torch.zeros(12).double(), axes, x)
+    assert bound.log_determinant() > float(exact.log().sum())
+    clock = torch.linspace(-6, 3, 10, dtype=torch.float64)
+    error = gaussian_curve(bound.variances, clock, bound.shares).error
+    assert bool((error >= gaussian_curve(exact, clock).error).all())
+    low, known = PriorFit(bound.mean, bound.variances, bound.shares), PriorFit(bound.mean, exact)
+    assert all(low.low(rho) <= known.low(rho) for rho in (0.1, 1.0, 10.0))
+    assert low.high(1.0) == pytest.approx(known.high(1.0)), "the power is the same"
+
+
+def test_coordinates_that_never_change_have_no_variance_and_turn_no_axis() -> None:
+    stds = torch.tensor([0.0] * 20 + [1e-3] * 20 + [10.0], dtype=torch.float64)
+    x = stds * normal(24, 41, dtype=torch.float64)
+    axes = principal_axes(x)  # 24 of them, 3 beyond the rank
+    assert float(axes[-1, 0].abs()) == pytest.approx(1, abs=1e-6), "the largest is the first"
+    known = Spectrum.of(x)
+    square = (known.shares * known.variances.clamp(max=1)).sum()
+    # 20 variances of 1e-6, each a chi squared of 12: the sum is good to sqrt(2/12/20)
+    assert float(square - 1) == pytest.approx(20e-6, rel=5 * math.sqrt(1 / 120))
 
 
 def test_principal_axes_are_orthonormal_and_hold_the_samples_of_either_shape() -> None:

@@ -11,7 +11,14 @@ from torch.testing import assert_close
 
 from experiment.data import Dataset, checkerboard, eight_gaussians
 from experiment.diagnosis.floor import known_floor, without_gaps
-from experiment.diagnosis.levels import Curve, Wanted, gaussian_curve, levels_for, simple_curve
+from experiment.diagnosis.levels import (
+    Curve,
+    Wanted,
+    gaussian_curve,
+    levels_for,
+    simple_curve,
+    with_more_samples,
+)
 from experiment.diagnosis.model import (
     GROUPS,
     Errors,
@@ -20,6 +27,8 @@ from experiment.diagnosis.model import (
     noise_errors,
     own_levels,
 )
+from experiment.diagnosis.seen import Seen
+from experiment.diagnosis.spectrum import Spectrum
 from score_models import (
     EDM,
     DenoisingScoreMatching,
@@ -120,13 +129,64 @@ def test_where_edges_are_finer_than_the_grid_the_floor_is_not_known_but_goes_to_
     assert bool(smooth.isfinite().all())
 
 
+def simple(train: Tensor, queries: Tensor, clock: Tensor) -> Curve:
+    known = Spectrum.of(train)
+    gaussian = gaussian_curve(known.variances, clock, known.shares)
+    return simple_curve(gaussian, train[:1000], queries, generator(1))
+
+
+def linear(train: Tensor, clock: Tensor) -> Tensor:
+    known = Spectrum.of(train)
+    return gaussian_curve(known.variances, clock, known.shares).error
+
+
 def test_no_kernel_is_taken_for_better_than_the_best_denoiser_of_a_gaussian() -> None:
     x = torch.randn(1256, 6, generator=generator(), dtype=torch.float64)
-    gaussian = gaussian_curve(torch.ones(6).double(), CLOCK)
-    found = simple_curve(gaussian, torch.zeros(6).double(), x[:1000], x[1000:], generator(1))
+    found, known = simple(x[:1000], x[1000:], CLOCK).error, linear(x[:1000], CLOCK)
     # by chance a level may pass two standard errors; its gain is then a small one
-    assert float((gaussian.error - found.error).max()) < 0.02
-    assert float((gaussian.error == found.error).double().mean()) > 0.8
+    assert float((known - found).max()) < 0.02
+    assert float((known == found).double().mean()) > 0.8
+
+
+@pytest.mark.parametrize("n, dims", [(40, 300), (200, 300), (200, 60)])
+def test_the_error_of_a_gaussian_is_never_below_its_exact_one_whatever_the_samples(n, dims):
+    stds = torch.logspace(-2, 0, dims, dtype=torch.float64)
+    turn = torch.linalg.qr(torch.randn(dims, dims, generator=generator(2)).double()).Q
+    x = stds * torch.randn(n + 128, dims, generator=generator(), dtype=torch.float64) @ turn
+    found = simple(x[:n], x[n:], CLOCK).error
+    exact = gaussian_curve(stds**2, CLOCK).error
+    # a variance of n/2 samples is good to sqrt(4/n), v/(v + r) moves by a quarter of that at
+    # most and bends by 4/n at most; an error of the kernel is one of 64 samples
+    each = math.sqrt(4 / n) / 4
+    spread = each * float(stds.square().square().sum().sqrt() / stds.square().sum())
+    off = 5 * spread + 4 / n + 5 * math.sqrt(2 / 64 / dims)
+    assert bool((found > exact - off).all())
+    assert 0.98 < float(found[0]) <= 1 and float(found[-1]) < 1e-3
+    even = gaussian_curve(stds.square().mean()[None], CLOCK).error
+    assert bool((linear(x[:n], CLOCK) < even + 5 * spread).all()), "worse than one variance"
+
+
+def test_independent_pixels_hide_small_noise_whatever_the_samples() -> None:
+    x = torch.rand(120 + 128, 192, generator=generator(), dtype=torch.float64) * 12**0.5
+    found = simple(x[:120], x[120:], CLOCK).error
+    # noise is told within some rho of the ends of a pixel's 12^0.5 alone: p rises there from 0
+    # to its height over rho, E slope²/p = 2 c / (rho 12^0.5) with c < 0.91 (integral phi²/Phi)
+    small = CLOCK <= -2
+    least = 1 - 2 * 0.91 * CLOCK.exp()[small] / 12**0.5
+    exact = gaussian_curve(torch.ones(1).double(), CLOCK).error  # no linear denoiser is better
+    # 192 variances of 60 samples: together good to sqrt(2/60/192), bent by 2/60 at most
+    off = 5 * math.sqrt(2 / 60 / 192) / 4 + 2 / 60 * exact * (1 - exact)
+    assert bool((found - exact).abs().le(off)[small].all()) and float(found.max()) <= 1
+    assert bool((found[small] >= least - off[small]).all())
+
+
+def test_a_rare_value_on_a_coordinate_that_hardly_changes_is_no_gain_of_the_kernel() -> None:
+    """Like the border of MNIST: training samples that never have ink there, a test sample does."""
+    x = torch.randn(300 + 128, 20, generator=generator(), dtype=torch.float64)
+    x[:, 10:] *= 1e-3
+    x[301::8, 10] = 1.0
+    found, known = simple(x[:300], x[300:], CLOCK).error, linear(x[:300], CLOCK)
+    assert float((known - found).max()) < 0.02
 
 
 def test_a_kernel_finds_what_is_not_gaussian_and_stays_above_the_floor() -> None:
@@ -135,12 +195,75 @@ def test_a_kernel_finds_what_is_not_gaussian_and_stays_above_the_floor() -> None
     x = data.units.encode(data.train).double()
     clock = torch.linspace(-4, 2, 13, dtype=torch.float64)
     gaussian = gaussian_curve(torch.ones(2).double(), clock)
-    found = simple_curve(gaussian, x.mean(0), x[:1000], x[2000:2512], generator(1))
+    found = simple(x[:2000], x[2000:2512], clock)
     floor = known_floor(data, clock)
     assert float((gaussian.error - found.error).max()) > 0.2
     # 256 samples judge; the spread of one error of two numbers is below 1.5
     assert bool((found.error > floor - 5 * 1.5 / 16 * 0.5).all())
     assert float((found.error - floor).abs().max()) < 0.25
+
+
+def test_a_kernel_finds_clusters_in_more_dimensions_than_samples() -> None:
+    dims, n, s = 200, 150, 0.05
+    centres = torch.randn(40, dims, generator=generator(3)).double()
+    which = torch.randint(0, 40, (n + 128,), generator=generator())
+    inner = torch.randn(n + 128, dims, generator=generator(1), dtype=torch.float64)
+    x, clock = centres[which] + s * inner, torch.linspace(-6, 1, 15, dtype=torch.float64)
+    found = simple(x[:n], x[n:], clock).error
+    least = s**2 / (s**2 + (2 * clock).exp())  # for those who are told the cluster
+    off = 5 * math.sqrt(2 / 64 / dims)  # relative, of 64 errors of 200 numbers
+    assert bool((found > (1 - off) * least).all()) and float(found[0]) > 0.98
+    assert float((found / linear(x[:n], clock)).min()) < 0.5
+
+
+def seen(train: Tensor, test: Tensor) -> Seen:
+    return Seen.of(Dataset("own", train, test), {}, 10**6, 4096, 0)
+
+
+def test_what_fewer_samples_ask_for_tells_whether_all_are_enough() -> None:
+    x = torch.randn(500, 20, generator=generator())
+    curves = seen(x[:300], x[300:]).curves
+    assert 0.95 < curves.lasting <= 1
+    scales = torch.tensor([1e-3, 1.0]).repeat(150)[:, None]  # every other sample is a small one
+    apart = seen(scales * x[:300], x[300:]).curves
+    assert apart.lasting < 0.9
+    half = apart.fewer[0].wanted().mean
+    assert half < apart.best.wanted().mean - 1
+    assert seen(x[:15], x[300:]).curves.lasting == 0 and len(curves.fewer) == 2
+
+
+@pytest.mark.parametrize("shift", [0.05, 0.1, 0.2])
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_the_shift_of_a_density_is_foreseen_by_its_last_two_steps(shift, ratio) -> None:
+    clock = torch.arange(-20, 20, 0.05, dtype=torch.float64)
+
+    def at(mean: float) -> Wanted:
+        density = 1 / torch.cosh(clock - mean)
+        return Wanted(clock, density / density.sum() / 0.05)
+
+    last = sum(shift * ratio**k for k in range(1, 5))
+    half, quarter = (
+        at(0.0).efficiency(at(-away).density) for away in (shift, shift / ratio + shift)
+    )
+    exact = at(last).efficiency(at(0.0).density)
+    # the loss is the square of the shift but for its fourth power; mean u² / 2 is pi²/8
+    assert with_more_samples(half, quarter) == pytest.approx(
+        exact, abs=(last + 2 * shift / ratio) ** 4
+    )
+    assert with_more_samples(1.0, 1.0) == 1 and with_more_samples(0.9, 0.9) == pytest.approx(0)
+
+
+def test_the_kernel_sees_data_in_the_order_of_their_classes_from_end_to_end(monkeypatch) -> None:
+    monkeypatch.setattr("experiment.diagnosis.seen.REFERENCE", 200)
+    side = torch.tensor([-3.0, 3.0]).repeat_interleave(200)[:, None]
+    x = side * torch.ones(2) + 0.1 * torch.randn(400, 2, generator=generator())
+    ordered, mixed = x, x[torch.randperm(400, generator=generator())]
+    gains = []
+    for train in (ordered, mixed):
+        curves = seen(train, x + 0.0).curves
+        gains.append(float((curves.gaussian.error - curves.best.error).max()))
+    # had it seen one side alone, it would be no better: the samples of the other are in its tail
+    assert gains[0] > 0.1 and abs(gains[0] - gains[1]) < 0.1
 
 
 class Line(nn.Module):

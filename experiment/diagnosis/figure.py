@@ -42,7 +42,8 @@ def plot_diagnosis(found: Found, path: str | Path) -> Path:
 
 def _errors(axes: Axes, found: Found) -> None:
     levels, model = found["levels"], found["model"]
-    axes.plot(_ratio(levels), levels["gaussian"], color=GREY, ls="--", lw=1.3, label="linear")
+    line = {"color": GREY, "ls": "--", "lw": 1.3, "zorder": 3}  # seen where the other is the same
+    axes.plot(_ratio(levels), levels["gaussian"], label="linear", **line)
     least = levels["floor"] or levels["best"]
     label = "least possible" if levels["floor"] else "linear or kernel"
     axes.plot(_ratio(levels), _gaps(least), color=ORANGE, lw=1.5, label=label)

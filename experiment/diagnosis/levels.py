@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor
 SPACING = 0.25  # of log(sigma/alpha) between the levels of a curve
 MARGIN = 6.0  # beyond the smallest and the largest scale: the density there is e^-6 of its height
 REFERENCE, KERNEL_NUMBERS = 2048, 2**21  # samples of the kernel denoiser, at most
-QUERIES, QUERY_NUMBERS = 128, 512  # samples that it denoises, and more of few numbers
+QUERIES, QUERY_NUMBERS = 128, 2048  # samples that it denoises, and more of few numbers
 WIDTHS = (0.0, 0.5, 1.0, 2.0, 4.0)  # of its kernel, in nearest-neighbour distances by dimension
+DOUBLINGS = 4  # of the samples, that a proposal should survive
 SURE = 2.0  # standard errors by which it has to be better
 
 
@@ -36,19 +36,24 @@ class Curve:
     error: Tensor
     of: str
 
+    @property
+    def falls(self) -> bool:
+        """Whether any level is between knowing nothing and knowing all."""
+        return bool(((self.error > 0) & (self.error < 1)).any())
+
     def wanted(self) -> Wanted:
         """The density of training levels that this error asks for.
 
         Raises:
             ValueError: If no level is between knowing nothing and knowing all.
         """
-        height = (self.error * (1 - self.error)).clamp(min=0).sqrt()
-        total = float(height.sum()) * float(self.clock[1] - self.clock[0])
-        if total == 0:
+        if not self.falls:
             raise ValueError(
                 f"a density of noise levels needs an error that falls from 1 to 0 within them; "
                 f"that of {self.of} does not."
             )
+        height = (self.error * (1 - self.error)).clamp(min=0).sqrt()  # a measured one may pass 1
+        total = float(height.sum()) * float(self.clock[1] - self.clock[0])
         return Wanted(self.clock, height / total)
 
 
@@ -109,6 +114,26 @@ class Wanted:
         return float(own.sum().square() / ((own.square() / other).sum() * other.sum()))
 
 
+def with_more_samples(half: float, quarter: float) -> float:
+    """What share of its draws a density will put to use by what 16 times the samples ask for.
+
+    Densities near to each other lose the square of how far apart they are. From the losses of what
+    a quarter and a half of the samples ask for, by what all ask for, follow the last two steps;
+    each further doubling is taken to be shorter, or at least not longer, by the same ratio. What
+    half of the samples say is not enough: where few samples see more axes as they become more, as
+    on photographs, each doubling moves the density little, and all together far.
+
+    Args:
+        half: Efficiency of the density by half of the samples, by that of all.
+        quarter: Likewise of a quarter.
+    """
+    step = math.sqrt(max(0.0, 1 - half))
+    before = math.sqrt(max(0.0, 1 - quarter)) - step
+    ratio = step / before if before > step else 1.0
+    left = step * sum(ratio**k for k in range(1, DOUBLINGS + 1))
+    return max(0.0, 1 - left**2)
+
+
 def levels_for(variances: Tensor, shortest: float) -> Tensor:
     """Even levels u that hold every scale of the data with a margin.
 
@@ -124,79 +149,69 @@ def levels_for(variances: Tensor, shortest: float) -> Tensor:
     )
 
 
-def gaussian_curve(variances: Tensor, clock: Tensor) -> Curve:
+def gaussian_curve(variances: Tensor, clock: Tensor, shares: Tensor | None = None) -> Curve:
     r"""Error of the best linear denoiser, in closed form.
 
-    .. math::  e(u) = \frac{1}{D} \sum_d \frac{\lambda_d}{\lambda_d + \rho^2}
+    .. math::  e(u) = \frac{1}{D} \sum_d q_d \frac{\lambda_d}{\lambda_d + \rho^2}
 
     No data of this covariance ask for more error than that, and Gaussian data ask for it.
+
+    Args:
+        variances: Along directions of the data, [R].
+        clock: u, [L].
+        shares: q, how much of a dimension each stands for, [R], in sum D; None: one each.
     """
+    shares = torch.ones_like(variances) if shares is None else shares
     relative = variances[None] / (variances[None] + (2 * clock)[:, None].exp())
-    return Curve(clock, relative.mean(1), "the Gaussian of the same covariance")
+    return Curve(clock, relative @ (shares / shares.sum()), "the Gaussian of the same covariance")
 
 
 def simple_curve(
-    gaussian: Curve, mean: Tensor, reference: Tensor, queries: Tensor, generator: torch.Generator
+    gaussian: Curve, reference: Tensor, queries: Tensor, generator: torch.Generator
 ) -> Curve:
-    """The smaller error of two denoisers that need no training, at each level.
+    r"""The smaller error of two denoisers that need no training, at each level.
 
     One is the best linear one, the other the posterior mean of a kernel density of the training
     samples: it finds the structure that is not Gaussian as far as samples are dense enough. Any
     denoiser's error on samples that it has not seen bounds the least possible one from above, so
-    the smaller is taken; that of the kernel only where it is better by two standard errors. Both
-    denoise the same draws, so that the difference is known far better than either.
+    the smaller is taken; that of the kernel only where it is below by two standard errors. It is
+    measured as the ratio
+
+    .. math::  e(u) = \sum_i \|\varepsilon_i - \hat\varepsilon_i\|^2 \Big/
+               \sum_i \|\varepsilon_i\|^2
+
+    which is 1 for whatever noise was drawn where nothing can be removed, and never below 0.
 
     Args:
-        gaussian: Closed form of the linear one, at the levels wanted.
-        mean: Of the data, [D].
+        gaussian: Error of the linear one, at the levels wanted.
         reference: Training samples [N, D] in model units, float64.
         queries: Other samples [M, D].
         generator: Of the noise.
     """
     noise = torch.randn(queries.shape, generator=generator, dtype=queries.dtype)
-    linear = linear_denoiser(mean, reference)
-    widths = _widths(reference)
+    power, widths = noise.square().mean(1), _widths(reference)
     error = []
     for u, known in zip(gaussian.clock.tolist(), gaussian.error.tolist(), strict=True):
         rho = math.exp(u)
         y = queries + rho * noise
-        base = ((y - linear(y, rho)) / rho - noise).square().mean(1)
-        gains = torch.stack(
-            [
-                base - ((y - x) / rho - noise).square().mean(1)
-                for x in kernel_denoised(y, rho, reference, widths)
-            ]
-        )
-        error.append(known - _sure_gain(gains))
-    found = torch.tensor(error, dtype=torch.float64).clamp(min=0)
+        found = kernel_denoised(y, rho, reference, widths)
+        kernels = torch.stack([((y - x) / rho - noise).square().mean(1) for x in found])
+        error.append(_surely_less(kernels, power, known))
+    found = torch.tensor(error, dtype=torch.float64)
     return Curve(gaussian.clock, found, "the better of a linear and a kernel denoiser")
 
 
-def _sure_gain(gains: Tensor) -> float:
-    """Mean gain of the best row of [W, M] if it is above its standard error, else 0.
+def _surely_less(errors: Tensor, power: Tensor, known: float) -> float:
+    """The best row of ``errors`` [W, M] as a share of ``power`` [M], if surely below ``known``.
 
-    The row is chosen by one half of the samples and judged by the other.
+    Else ``known``. The row is chosen by one half of the samples and judged by the other.
     """
-    first, second = gains[:, ::2], gains[:, 1::2]
-    if second.shape[1] < 2:
-        return 0.0
-    best = second[first.mean(1).argmax()]
-    error = float(best.std()) / math.sqrt(len(best))
-    return float(best.mean()) if float(best.mean()) > SURE * error else 0.0
-
-
-def linear_denoiser(mean: Tensor, samples: Tensor) -> Callable[[Tensor, float], Tensor]:
-    """The best linear denoiser (y [B, D], rho) -> [B, D] of data like ``samples`` [N, D]."""
-    from experiment.diagnosis.spread import principal_axes
-
-    centred = samples - mean
-    axes = principal_axes(centred)
-    variances = (centred @ axes).square().mean(0)
-
-    def denoised(y: Tensor, rho: float) -> Tensor:
-        return mean + (variances / (variances + rho**2) * ((y - mean) @ axes)) @ axes.mT
-
-    return denoised
+    row, power = errors[errors[:, ::2].mean(1).argmin(), 1::2], power[1::2]
+    if len(power) < 2:
+        return known
+    found = float(row.mean() / power.mean())
+    off = float((row - found * power).std() / power.mean()) / math.sqrt(len(power))
+    return found if found + SURE * off < known else known
 
 
 def kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) -> list[Tensor]:
@@ -205,6 +220,12 @@ def kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) ->
     .. math::  \hat x_0 = \bar x + \frac{h^2}{h^2 + \rho^2} (y - \bar x), \qquad
                \bar x = \sum_i w_i x_i, \quad w_i \propto e^{-\|y - x_i\|^2 / 2 (h^2 + \rho^2)}
     """
+    found = [_kernel_denoised(rows, rho, reference, widths) for rows in y.split(QUERIES)]
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def _kernel_denoised(y: Tensor, rho: float, reference: Tensor, widths: Tensor) -> list[Tensor]:
+    """Of so few rows that their distances from all samples stay in a cache."""
     squared = torch.cdist(y, reference).square()
     found = []
     for h in widths.tolist():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from experiment.diagnosis.model import noised
-from experiment.diagnosis.spread import principal_axes
+from experiment.diagnosis.spectrum import principal_axes
 from experiment.settings import BASES
 from likelihood import Basis
 from score_models import ScoreModel

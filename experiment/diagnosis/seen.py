@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from experiment.batches import trained_units
@@ -22,16 +23,19 @@ from experiment.diagnosis.levels import (
     gaussian_curve,
     levels_for,
     simple_curve,
+    with_more_samples,
 )
 from experiment.diagnosis.samples import Part, Units
+from experiment.diagnosis.spectrum import Spectrum
 from experiment.diagnosis.spread import (
     Distance,
     PriorFit,
     largest_distance,
     nearest_distance,
-    spectrum,
 )
 from experiment.seeds import stream
+
+FEWEST = 16  # samples; of fewer, halves of Gaussian data agree by chance on what is far off
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ class Seen:
         return self.train.some(self.num_samples, self.units)
 
     @cached_property
-    def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Mean and variances along principal axes, [D] each."""
-        return spectrum(self.some)
+    def spectrum(self) -> Spectrum:
+        """Variances along principal axes."""
+        return Spectrum.of(self.some)
 
     @property
     def prior(self) -> PriorFit:
         """How far the noised data are from a prior."""
-        return PriorFit(*self.spectrum)
+        return PriorFit(self.spectrum.mean, self.spectrum.variances, self.spectrum.shares)
 
     @cached_property
     def curves(self) -> Curves:
@@ -129,25 +133,57 @@ class Curves:
         best: The least that is known: the floor itself where the density of the data is known,
             else that of simple denoisers.
         floor: The least possible, where it is known.
+        fewer: The same as ``best`` of a half and of a quarter of the samples; none where it is
+            not needed, or where there are too few samples.
     """
 
     gaussian: Curve
     best: Curve
     floor: Tensor | None
+    fewer: tuple[Curve, ...]
 
     @classmethod
     def of(cls, seen: Seen) -> Curves:
         """Those of a data set."""
-        mean, variances = seen.spectrum
-        clock = levels_for(variances, _finest(seen))
-        gaussian, floor = gaussian_curve(variances, clock), known_floor(seen.data, clock)
+        spectrum = seen.spectrum
+        clock = levels_for(spectrum.variances, _finest(seen))
+        gaussian = _linear(spectrum, clock)
+        floor = known_floor(seen.data, clock)
         if floor is not None:
-            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor)
-        dims = len(variances)
-        reference = seen.some[: min(REFERENCE, max(2, KERNEL_NUMBERS // dims))]
-        queries = seen.test.some(max(QUERIES, QUERY_NUMBERS // dims), seen.units, "queries")
-        generator = stream(seen.seed, "diagnose kernel", 0)
-        return cls(gaussian, simple_curve(gaussian, mean, reference, queries, generator), None)
+            return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, ())
+        best = _simple(seen, gaussian, seen.some)
+        parts = [seen.some[::2], seen.some[::4]] if len(seen.some) >= FEWEST else []
+        fewer = (_simple(seen, _linear(Spectrum.of(few), clock), few) for few in parts)
+        return cls(gaussian, best, None, tuple(fewer))
+
+    @property
+    def lasting(self) -> float:
+        """What share of its draws the density will put to use if many more samples are seen.
+
+        It is 1 where the density of the data is known, 0 where nothing can be said.
+        """
+        if self.floor is not None:
+            return 1.0
+        if not self.fewer or not all(curve.falls for curve in self.fewer):
+            return 0.0
+        wanted = self.best.wanted()
+        half, quarter = (wanted.efficiency(each.wanted().density) for each in self.fewer)
+        return with_more_samples(half, quarter)
+
+
+def _linear(spectrum: Spectrum, clock: Tensor) -> Curve:
+    return gaussian_curve(spectrum.variances, clock, spectrum.shares)
+
+
+def _simple(seen: Seen, gaussian: Curve, samples: Tensor) -> Curve:
+    """Error of simple denoisers that have seen these training ``samples``, on test samples."""
+    dims = samples.shape[1]
+    count = min(REFERENCE, max(2, KERNEL_NUMBERS // dims), len(samples))
+    # evenly over all of them: data may be in the order of their classes
+    reference = samples[torch.linspace(0, len(samples) - 1, count).long()]
+    queries = seen.test.some(max(QUERIES, QUERY_NUMBERS // dims), seen.units, "queries")
+    generator = stream(seen.seed, "diagnose kernel", 0)
+    return simple_curve(gaussian, reference, queries, generator)
 
 
 def _finest(seen: Seen) -> float:

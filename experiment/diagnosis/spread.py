@@ -1,4 +1,4 @@
-"""How far a data set reaches, and along which axes: distances, spectrum, fit of the prior."""
+"""How far a data set reaches: distances, and the fit of the prior."""
 
 from __future__ import annotations
 
@@ -92,40 +92,6 @@ def _largest_of(points: Tensor) -> float:
     return max(float(torch.cdist(rows, points).max()) for rows in points.split(512))
 
 
-def spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and variances [D] of data along principal axes, honest about few samples.
-
-    The axes are those of every other sample; the variances along them are those of the samples in
-    between. Measured on the samples that chose the axes, small variances would come out too small
-    and large ones too large. What is left outside of the axes is spread evenly over the dimensions
-    that are left.
-
-    Args:
-        x: Samples [N, D] in model units, N >= 2.
-    """
-    mean = x.mean(0)
-    first, second = (x - mean)[::2], (x - mean)[1::2]
-    axes = principal_axes(first)
-    along = (second @ axes).square().mean(0)
-    left = x.shape[1] - axes.shape[1]
-    rest = (second.square().sum(1).mean() - along.sum()).clamp(min=0) / max(1, left)
-    variances = torch.cat([along, rest.expand(left)])
-    return mean, variances * len(x) / (len(x) - 1)  # about the mean of these very samples
-
-
-def principal_axes(centred: Tensor) -> Tensor:
-    """Orthonormal axes [D, R] that hold all of ``centred`` [N, D], R = min(N, D).
-
-    Of the smaller of the two products: few samples of many numbers cost little.
-    """
-    n, dims = centred.shape
-    if n >= dims:
-        return torch.linalg.eigh(centred.mT @ centred / n).eigenvectors
-    found = torch.linalg.eigh(centred @ centred.mT / n)
-    axes = centred.mT @ found.eigenvectors
-    return torch.linalg.qr(axes).Q  # columns of length sqrt(variance), some of them 0
-
-
 @dataclass(frozen=True)
 class PriorFit:
     r"""How far the data at noise ratio :math:`\rho = \sigma/\alpha` are from the prior.
@@ -134,17 +100,19 @@ class PriorFit:
     :math:`N(0, \sigma^2)`, nats a dimension, is at least that of the Gaussian of the same mean and
     covariance, and by convexity at most the mean of that of its components:
 
-    .. math::  \frac{1}{2D} \sum_d \left[ \frac{\lambda_d}{\rho^2} -
-               \log\left(1 + \frac{\lambda_d}{\rho^2}\right) + \frac{m_d^2}{\rho^2} \right]
+    .. math::  \frac{1}{2D} \sum_d \left[ q_d \left( \frac{\lambda_d}{\rho^2} -
+               \log\left(1 + \frac{\lambda_d}{\rho^2}\right) \right) + \frac{m_d^2}{\rho^2} \right]
                \;\le\; \frac{1}{D} KL \;\le\; \frac{E\|x\|^2}{2 D \rho^2}
 
     Args:
         mean: Of the data in model units, [D].
-        variances: Along their principal axes, [D].
+        variances: Along their principal axes, [D], or other directions, [R].
+        shares: q, how much of a dimension each stands for, [R], or 1.
     """
 
     mean: Tensor
     variances: Tensor
+    shares: Tensor | float = 1.0
 
     @property
     def dims(self) -> int:
@@ -154,12 +122,12 @@ class PriorFit:
     def low(self, rho: float) -> float:
         """Lower bound, nats a dimension; exact for Gaussian data."""
         relative = self.variances / rho**2
-        off = (relative - relative.log1p()).sum() + (self.mean / rho).square().sum()
-        return 0.5 * float(off) / self.dims
+        spread = (self.shares * (relative - relative.log1p())).sum()
+        return 0.5 * float(spread + (self.mean / rho).square().sum()) / self.dims
 
     def high(self, rho: float) -> float:
         """Upper bound, nats a dimension."""
-        power = float(self.mean.square().sum() + self.variances.sum()) / self.dims
+        power = float(self.mean.square().sum() + (self.shares * self.variances).sum()) / self.dims
         return 0.5 * power / rho**2
 
     def matched(self, tolerance: float = MATCHED) -> float:

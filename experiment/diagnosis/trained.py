@@ -170,11 +170,12 @@ def by_level(
     clock = even_levels(model.sde, levels)
     train, test = (_draws(seen, part, model, loss_samples) for part in (seen.train, seen.test))
     few = min(gradient_samples, len(train[0])) // GROUPS * GROUPS
+    spectrum = seen.spectrum
     x0, noise, cond = (None if each is None else each[:few] for each in train)
     return ByLevel(
         noise_errors(model, *train[:2], clock, train[2]),
         noise_errors(model, *test[:2], clock, test[2]),
-        gaussian_curve(seen.spectrum[1], clock).error,
+        gaussian_curve(spectrum.variances, clock, spectrum.shares).error,
         known_floor(seen.data, clock),
         gradients(model, x0, noise, clock, cond) if few else None,
         own_levels(trained.objective(), model.sde, clock),

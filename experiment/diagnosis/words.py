@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiment.diagnosis.advice import EFFICIENT
 from experiment.settings import UNITS
 from experiment.uncertainty import uncertain
 
@@ -81,6 +82,8 @@ def _probes(found: Found) -> list[str]:
 
 
 def _levels(levels: Found) -> list[str]:
+    if levels["lasting"] < EFFICIENT:
+        return [_too_few(levels)]
     said = (
         f"noise levels, from {levels['of']}: log(sigma/alpha) of mean "
         f"{levels['wanted_mean']:.2f} and std {levels['wanted_std']:.2f}"
@@ -88,6 +91,18 @@ def _levels(levels: Found) -> list[str]:
     if levels["efficiency"] is not None:
         said += f"; of the objective's own draws {levels['efficiency']:.0%} are put to use"
     return [said]
+
+
+def _too_few(levels: Found) -> str:
+    said = "noise levels: the samples looked at are too few to tell which ones to train on"
+    if not levels["wanted_by_fewer"]:
+        return said
+    asked = [(levels["wanted_mean"], levels["wanted_std"]), *levels["wanted_by_fewer"]]
+    told = "; ".join(f"{mean:.2f}, {std:.2f}" for mean, std in asked)
+    return (
+        f"{said}; log(sigma/alpha) of mean and std, by all, half and a quarter of them: {told}. "
+        "A larger mode.num_samples may tell, or a model (mode=diagnose after training)"
+    )
 
 
 def model(found: Found) -> list[str]:

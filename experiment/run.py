@@ -211,7 +211,8 @@ class Run:
     @property
     def caveat(self) -> str:
         """What a model trained by the objective of this run cannot do."""
-        return self.build("objective").caveat
+        objective = self.config.get("objective")
+        return "" if objective is None else self.instantiate(objective).caveat
 
     def warn(self) -> None:
         """Say it, once for all processes."""
@@ -261,7 +262,7 @@ class Run:
             ) from error
         # a file may come from anywhere: of all that could be called, only what makes models
         check_targets(parts, f"checkpoint {path}", ("sde_lib", "score_models"))
-        objective = {"objective": stored.get("objective", self.config["objective"])}
+        objective = {part: stored[part] for part in ("objective",) if part in stored}
         check_targets(objective, f"checkpoint {path}", ("sde_lib", "score_models", "likelihood"))
         changed = differences(trained_on, {"data": self.config["data"]}, CHANGEABLE)
         if changed:

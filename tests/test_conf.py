@@ -242,10 +242,11 @@ def check_tracking(node: dict[str, Any], tmp_path: Path) -> None:
     if node.get("mode") in ("auto", "online"):
         return  # talk to a server: tests/test_trackers.py gives them one
     try:
-        tracker.start(tmp_path, {"sde": "vp"}, "conformance")
+        tracker.check()
     except RunError as error:
         assert "pip install" in str(error)
         pytest.skip(str(error))
+    tracker.start(tmp_path, {"sde": "vp"}, "conformance")
     tracker.log({"train/loss": 1.0}, 1)
     tracker.finish()
     assert isinstance(tracker.describe(), str)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,6 +67,7 @@ class Choices:
         model, objective = _seeded(run, data)
         speed.check(objective, run.device())
         processes.check(objective)
+        run = replace(run, caveat=objective.caveat)
         return cls(
             run, settings, likelihood, sampler, data, augment, speed, processes, model, objective
         )

@@ -20,7 +20,7 @@ from experiment.progress import progress, say
 from experiment.report import renew_report
 from experiment.run import Run
 from experiment.shards import alone
-from experiment.trackers import Safe
+from experiment.trackers.first_process import in_first_process
 from experiment.uncertainty import interval
 from sde_lib import validation
 
@@ -68,8 +68,9 @@ def compare(
     chosen = contenders(run, asked.samplers)
     data: Dataset = run.build("data")
     asked.check(data)
-    tracker = Safe(run.build("tracking"))
+    tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    run.warn()
     data = as_trained(data, run.config)
     bench = Bench.of(run, model, data, path, asked)
     planned = bench.planned(chosen)

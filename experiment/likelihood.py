@@ -40,6 +40,7 @@ def likelihood(run: Run) -> None:
     data: Dataset = run.build("data")
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    run.warn()
     data = as_trained(data, run.config)
     training = run.config["training"]
     settings.check(

@@ -57,8 +57,9 @@ def check(run: Run) -> None:
     run = replace(run, config=fill_measured(run.config, data_std=1.0))
     _ = run.seed, run.threads, run.fresh
     augment = ["augment"] if run.config.get("augment") is not None else []
-    for part in (*PARTS, *augment, "tracking", "mode"):
+    for part in (*PARTS, *augment, "mode"):
         run.build(part)
+    run.build("tracking").check()
     settings = run.build("training")
     if mode_of(run.config) == "train":
         before_data(run, settings)

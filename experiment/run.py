@@ -83,6 +83,7 @@ class Run:
         conf: The folder that it was composed from.
         average: Which average of the weights it is about, once :meth:`trained` has found it.
         job: Its number in a sweep, None outside.
+        caveat: What its model cannot do, once that is known; nothing as a rule.
     """
 
     config: Mapping[str, Any]
@@ -91,6 +92,7 @@ class Run:
     conf: Path = Path("conf")
     average: Label = Label()
     job: int | None = None
+    caveat: str = ""
 
     def __post_init__(self) -> None:
         check_complete(self.config)
@@ -208,14 +210,18 @@ class Run:
         """Network, process and parameterization, put together."""
         return ScoreModel(self.build("network"), self.build("sde"), self.build("parameterization"))
 
-    @property
-    def caveat(self) -> str:
-        """What a model trained by the objective of this run cannot do."""
-        objective = self.config.get("objective")
-        return "" if objective is None else self.instantiate(objective).caveat
+    def _caveat(self, objective: Mapping[str, Any] | None) -> str:
+        """That of the objective stored with a model."""
+        if objective is None:
+            return ""
+        # weights are of use without what trained them, which may not be there any more
+        with contextlib.suppress(Exception):
+            check_targets(objective, "checkpoint", ("sde_lib", "score_models", "likelihood"))
+            return self.instantiate(objective).caveat
+        return ""
 
     def warn(self) -> None:
-        """Say it, once for all processes."""
+        """Say what the model cannot do, once for all processes."""
         if rank() == 0 and self.caveat:
             say(f"warning: {self.caveat}.")
 
@@ -262,8 +268,6 @@ class Run:
             ) from error
         # a file may come from anywhere: of all that could be called, only what makes models
         check_targets(parts, f"checkpoint {path}", ("sde_lib", "score_models"))
-        objective = {part: stored[part] for part in ("objective",) if part in stored}
-        check_targets(objective, f"checkpoint {path}", ("sde_lib", "score_models", "likelihood"))
         changed = differences(trained_on, {"data": self.config["data"]}, CHANGEABLE)
         if changed:
             raise CheckpointError(
@@ -279,13 +283,13 @@ class Run:
                 f"it holds a model of other choices ({'; '.join(other)})",
                 "leave these out, or train with them",
             )
-        kept = {**parts, **objective, "training": training, "run": self._home(path)}
+        kept = {**parts, "training": training, "run": self._home(path)}
         kept["measured"] = measured_data
         chosen = choose(self.config.get("average"), path, state, training)
-        run = replace(self, config={**self.config, **kept}, average=chosen.label)
+        caveat = self._caveat(stored.get("objective"))
+        run = replace(self, config={**self.config, **kept}, average=chosen.label, caveat=caveat)
         model = run.build_model()
         load_weights(model, chosen.weights, path)
-        run.warn()
         return (
             run,
             model.to(self.device()).eval().requires_grad_(False),

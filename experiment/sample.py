@@ -81,6 +81,7 @@ def sample(
     data: Dataset = run.build("data")
     tracker = in_first_process(lambda: run.build("tracking"))
     run, model, path, iteration = run.trained()
+    run.warn()
     data = as_trained(data, run.config)
     sampler.check(model.sde)
     dropout = run.config.get("training", {}).get("label_dropout", 0.0)

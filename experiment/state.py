@@ -65,7 +65,7 @@ class State:
             quick = self.speed.of_model(model, self.device, contiguous=self.processes.parted)
             self.loss = self.processes.spread(BatchLoss(quick, objective), self.device)
             self.weights = self.processes.weights(self.trained)
-            self.names = [name for name, _ in self.trained.named_parameters()]
+            self.names = names_of(self.trained)
             self._moving = [n for n, weight in enumerate(self.weights) if weight.requires_grad]
             self.averages = [Average(profile, self.weights) for profile in profiles]
             self.optimizer = self._adam(adam)
@@ -212,7 +212,8 @@ class State:
         else there is, averages have in common with what is trained."""
         tensors = dict(self.trained.state_dict())
         wholes = self._through(self.processes.told, (part.detach() for part in parts))
-        tensors.update(zip(self.names, wholes, strict=True))
+        for names, whole in zip(self.names, wholes, strict=True):
+            tensors |= dict.fromkeys(names, whole)
         return {
             room: {
                 name.removeprefix(f"{room}."): values
@@ -229,7 +230,7 @@ class State:
         """All tensors that there are, after ``parts`` have become those of the weights."""
         tensors = {f"model.{name}": values for name, values in model.items()}
         tensors |= {f"objective.{name}": values for name, values in objective.items()}
-        wholes = (tensors[name] for name in self.names)
+        wholes = (tensors[names[0]] for names in self.names)
         for own, part in zip(parts, self._through(self.processes.part, wholes), strict=True):
             own.copy_(part)
         return tensors
@@ -256,6 +257,15 @@ class State:
             own = self.optimizer.state[moving[number]]
             for name, whole in values.items():
                 own[name].copy_(self.processes.part(whole, likes[number]))
+
+
+def names_of(module: nn.Module) -> list[list[str]]:
+    """All names of each parameter, in the order of ``module.parameters()``; a weight that two
+    layers share has two."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return list(found.values())
 
 
 @contextmanager

@@ -153,6 +153,7 @@ class _Trainer:
         self.began = time.monotonic()
         self.save = Saver(self.run.checkpoints)
         self.first = rank() == 0
+        self.scored = False
 
     def go(self, state: State, stopping: Stopping, size: str) -> None:
         """Train from ``state`` to the end, evaluate, report, and say where to look; ``size`` is
@@ -182,9 +183,11 @@ class _Trainer:
                     exit_code = 0
             self.became("finished" if done else "stopped")
         except BaseException as error:
-            self.became("failed" if state.iteration < self.settings.steps else "not evaluated")
+            over = "finished" if self.scored else "not evaluated"
+            self.became("failed" if state.iteration < self.settings.steps else over)
             if isinstance(error, SystemExit):
-                say(stopping.farewell)
+                kept = f"stopped by {stopping.reason}; the likelihood is kept, mode=sample draws."
+                say(kept if self.scored else stopping.farewell)
             raise
         finally:
             report = renew_report(run.path) if self.first else ""
@@ -294,6 +297,7 @@ class _Trainer:
             append_evaluation(
                 run.path, result, state.iteration, model, self.data, settings, path.name, **more
             )
+        self.scored = True
         self.draw(state)
 
     def score(

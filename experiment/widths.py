@@ -22,7 +22,7 @@ from experiment.report import renew_report
 from experiment.run import Run
 from experiment.settings import UNITS, Likelihood
 from experiment.shards import alone
-from experiment.trackers import Safe
+from experiment.trackers.first_process import in_first_process
 from experiment.uncertainty import uncertain
 from experiment.widths_figure import plot_widths
 from score_models import ScoreModel
@@ -54,8 +54,9 @@ def averages(run: Run, *, widths: Sequence[float], max_samples: int = 256) -> No
         )
     data: Dataset = run.build("data")
     settings: Likelihood = run.build("likelihood").quick(asked.max_samples)
-    tracker = Safe(run.build("tracking"))
+    tracker = in_first_process(lambda: run.build("tracking"))
     home, model, path, iteration = run.trained()
+    home.warn()
     refuse_all(asked.widths, path, load_checkpoint(path), home.config["training"])
     data = as_trained(data, home.config)
     settings.check(data, on_centres=not home.config["training"].get("dequantize", True))

@@ -133,3 +133,33 @@ def test_a_power_average_cannot_begin_within_a_run_and_a_decay_says_that_it_does
         capsys.readouterr().out
     )
     assert list(late) == ["ema-0.999", "ema-0.5", "power-0.1"]
+
+
+class Tied(nn.Module):
+    """A network whose two layers are one, which has two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(1, 1)
+        self.outer = self.inner
+
+    def forward(self, x: torch.Tensor, noise_level: torch.Tensor, cond=None) -> torch.Tensor:
+        return self.outer(self.inner(x))
+
+
+def test_a_weight_of_two_names_is_stored_as_its_average_under_both():
+    model, objective = ScoreModel(Tied(), VPSDE(), EDM(0.5)), DenoisingScoreMatching()
+    state = State(model, objective, [Exponential(0.9)], {"lr": 1e-1})
+    for _ in range(3):
+        loss = objective(model, torch.ones(8, 1)).mean()
+        loss.backward()
+        state.update(loss.detach(), 1e-1, 1.0)
+    stored, average = state.state_dict(), state.average(0).model.state_dict()
+    for name in ("network.inner.weight", "network.outer.weight"):
+        assert torch.equal(stored["ema"][name], average[name]), name
+        assert not torch.equal(stored["ema"][name], stored["model"][name]), name
+    again = State(
+        ScoreModel(Tied(), VPSDE(), EDM(0.5)), objective, [Exponential(0.9)], {"lr": 1e-1}
+    )
+    again.load(stored | {"iteration": 3})
+    assert_same(again.average(0).model.state_dict(), average)

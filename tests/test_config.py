@@ -570,3 +570,23 @@ def test_ctrl_c_in_any_mode_leaves_with_130_and_no_traceback(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         Run(config_of(tmp_path, mode={}), lambda node: interrupted).go()
     assert left.value.code == 130 and "interrupted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"_target_": "os.mkdir", "path": "MARKER"},
+        {"_target_": "score_models.objectives.denoising.os.mkdir", "path": "MARKER"},
+        {"_target_": "mine.Objective"},
+        {"_target_": "score_models.DenoisingScoreMatching", "of_another_version": 1},
+    ],
+)
+def test_a_model_is_of_use_without_what_trained_it_which_is_not_called(tmp_path, objective):
+    marker = tmp_path / "marker"
+    objective = {
+        k: v.replace("MARKER", str(marker)) if k == "path" else v for k, v in objective.items()
+    }
+    run = measured(run_in(tmp_path))
+    saved(run, config={**run.config, "objective": objective})
+    found, *_ = run_in(tmp_path).trained()
+    assert found.caveat == "" and not marker.exists()

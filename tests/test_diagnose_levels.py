@@ -230,6 +230,8 @@ def test_what_fewer_samples_ask_for_tells_whether_all_are_enough() -> None:
     half = apart.fewer[0].wanted().mean
     assert half < apart.best.wanted().mean - 1
     assert seen(x[:15], x[300:]).curves.lasting == 0 and len(curves.fewer) == 2
+    assert seen(x[:39], x[300:]).curves.lasting == 0, "less than two a dimension see no axes"
+    assert seen(x[:40], x[300:]).curves.lasting > 0
 
 
 @pytest.mark.parametrize("shift", [0.05, 0.1, 0.2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from importlib.util import find_spec
 from itertools import product
 from types import SimpleNamespace
@@ -165,9 +166,13 @@ def test_what_any_job_would_be_refused_for_without_data_is_told_before_the_first
         ("objective", {"_target_": "score_models.UniformTimes", "zzz": 0}, "zzz"),
         ("augment", {"_target_": "experiment.augment.HorizontalFlip", "probability": 2}, "prob"),
         ("tracking", {"_target_": "experiment.trackers.WandbTracker", "mode": "x"}, "mode"),
+        ("tracking", {"_target_": "experiment.trackers.TrackioTracker"}, "needs the package"),
     ],
 )
-def test_the_rehearsal_of_a_job_makes_every_part_that_needs_no_data(key, value, told, capsys):
+def test_the_rehearsal_of_a_job_makes_every_part_that_needs_no_data(
+    key, value, told, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with hydra.initialize_config_dir(str(entry.CONF), version_base="1.3"):
         config = entry.compose(["mode=train", "tracking=none"], resolve=True)
     config["data"] = {"_target_": "experiment.data.digits", "no_such_argument": 1}

@@ -36,6 +36,7 @@ from experiment.diagnosis.spread import (
 from experiment.seeds import stream
 
 FEWEST = 16  # samples; of fewer, halves of Gaussian data agree by chance on what is far off
+BY_DIMENSION = 2  # samples; fewer see no axis, nor does a half, and agree on what none sees
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,9 @@ class Curves:
         if floor is not None:
             return cls(gaussian, Curve(clock, without_gaps(floor, clock), "the data"), floor, ())
         best = _simple(seen, gaussian, seen.some)
-        parts = [seen.some[::2], seen.some[::4]] if len(seen.some) >= FEWEST else []
+        count, dims = seen.some.shape
+        enough = count >= max(FEWEST, BY_DIMENSION * dims)
+        parts = [seen.some[::2], seen.some[::4]] if enough else []
         fewer = (_simple(seen, _linear(Spectrum.of(few), clock), few) for few in parts)
         return cls(gaussian, best, None, tuple(fewer))
 

@@ -27,7 +27,7 @@ def findings(found: Found) -> list[str]:
         *_units(found),
         *_processes(found),
         *_probes(found),
-        *_levels(found["levels"]),
+        *_levels(found["levels"], trained=found["model"] is not None),
         *(model(found) if found["model"] else []),
     ]
 
@@ -81,9 +81,9 @@ def _probes(found: Found) -> list[str]:
     ]
 
 
-def _levels(levels: Found) -> list[str]:
+def _levels(levels: Found, trained: bool) -> list[str]:
     if levels["lasting"] < EFFICIENT:
-        return [_too_few(levels)]
+        return [_too_few(levels, trained)]
     said = (
         f"noise levels, from {levels['of']}: log(sigma/alpha) of mean "
         f"{levels['wanted_mean']:.2f} and std {levels['wanted_std']:.2f}"
@@ -93,8 +93,10 @@ def _levels(levels: Found) -> list[str]:
     return [said]
 
 
-def _too_few(levels: Found) -> str:
+def _too_few(levels: Found, trained: bool) -> str:
     said = "noise levels: the samples looked at are too few to tell which ones to train on"
+    if trained:
+        return f"{said}; what is proposed is of the model"
     if not levels["wanted_by_fewer"]:
         return said
     asked = [(levels["wanted_mean"], levels["wanted_std"]), *levels["wanted_by_fewer"]]

@@ -425,6 +425,7 @@ def test_a_comparison_without_a_sampler_ends_before_the_reference(tmp_path, monk
     normal = Gaussian(torch.zeros(3), STD)
     train, test = (normal.sample(n, generator=torch.Generator().manual_seed(n)) for n in (60, 40))
     run = SimpleNamespace(
+        warn=lambda: None,
         overrides=(),
         conf=entry.CONF,
         instantiate=entry.instantiate,

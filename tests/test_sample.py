@@ -96,6 +96,7 @@ def sampling(tmp_path):
     def go(sampler, data, *overrides, **settings):
         parts = {"sampler": sampler, "data": data, "tracking": NoTracker()}
         run = SimpleNamespace(
+            warn=lambda: None,
             config={"run": {"name": "a"}},
             conf=entry.CONF,
             overrides=overrides,

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from experiment.data import Dataset
 from experiment.evaluation import Evaluation, evaluate, show
-from experiment.ledger import append_evaluation, evaluated, keep_samples
+from experiment.ledger import append_evaluation, evaluated, keep_samples, newest
 from experiment.seeds import sample_streams
 from experiment.settings import Likelihood, units_of
 from likelihood import Adaptive, Exact, FixedGrid, Hutchinson, Pixel, log_likelihood
@@ -421,6 +421,16 @@ def test_a_run_is_scored_by_its_own_checkpoint_on_enough_samples(tmp_path):
     assert not evaluated(tmp_path, 7, 4), "another run's"
     add(4, "step-00000007.pt")
     assert evaluated(tmp_path, 7, 4) and not evaluated(tmp_path, 8, 4)
+
+
+def test_the_newest_result_of_a_run_comes_with_its_caveat(tmp_path):
+    result = Evaluation("nll", 3.5, 0.5, 0.0, 2, 64.0, 1.5, torch.zeros(2))
+    arguments = (7, slanted_model(), vectors(4), Likelihood(), "step-00000007.pt")
+    assert newest(tmp_path) is None
+    append_evaluation(tmp_path, result, *arguments)
+    assert newest(tmp_path) == "3.5000 ± 0.5000 nats"
+    append_evaluation(tmp_path, result, *arguments, caveat="of one level")
+    assert newest(tmp_path) == "3.5000 ± 0.5000 nats; of one level"
 
 
 @pytest.mark.parametrize(
